@@ -1,0 +1,55 @@
+# odirect: everything is run from here. `make help` lists what there is.
+
+PYTHON ?= python3
+export PYTHON
+
+BIN := .venv/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check fast format bench env dev-env clean distclean
+
+help:  ## this list
+	@echo "odirect: direct I/O from Python"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  make run SIZE=256MiB DIR=/mnt/disk    size of the file, and the directory that it is made in"
+	@echo "  make test ARGS='-k cancel -x'         arguments for pytest"
+
+run: env  ## build, then copy, verify and read back a real file, beside fio and cp
+	@$(BIN)/python tools/demo.py
+
+test: dev-env  ## install what the tests need and can be had, then run them all
+	@tools/install-test-tools
+	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
+
+check: dev-env  ## format, lint, types, layering, fast tests: before every commit
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
+
+format: dev-env  ## put every file in the form that `check` wants
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: dev-env  ## measure against fio, as ratios; prints, asserts nothing
+	@set -e; for script in bench/[a-z]*.py; do \
+		echo; echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+env:  ## .venv with odirect in it
+	@tools/setup-env
+
+dev-env:
+	@tools/setup-env test,dev
+
+clean:  ## remove what was built, and caches
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .odirect-demo-*
+	rm -rf src/*.egg-info .venv/odirect-install*
+	find src -name '*.pyx' | while read -r source; do rm -f "$${source%.pyx}.c" "$${source%.pyx}".*.so; done
+	find src tests tools bench -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## that, and .venv
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""Errors, units, and the layout of on-disk records."""

@@ -1,0 +1,1 @@
+"""Bios, devices, and filters over devices."""

@@ -1,0 +1,1 @@
+"""Filters: devices over a device, with the same verbs."""

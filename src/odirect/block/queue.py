@@ -1,0 +1,114 @@
+"""One ring, and the bios that are on it.
+
+Several devices may share a queue. What the ring finishes is turned back into bios here; the
+scheduler polls the queue, not each device, so that one system call serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from odirect.block.bio import Bio
+from odirect.ring.contract import Ring
+
+
+class Step:
+    """One of several operations that a bio takes; `finish` looks at its result.
+
+    `finish(result)` returns the bio's result (bytes or a negative errno), or None when it has
+    queued the next step.
+    """
+
+    __slots__ = ("bio", "finish")
+
+    def __init__(self, bio: Bio, finish: Callable[[int], int | None]) -> None:
+        self.bio = bio
+        self.finish = finish
+
+
+class RingQueue:
+    """Bios on a ring, and on a second one that polls the device for HIPRI bios (B06)."""
+
+    def __init__(self, ring: Ring, *, open_polled: Callable[[], Ring] | None = None) -> None:
+        self.ring = ring
+        self._open_polled = open_polled
+        self._polled: Ring | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that have not come back."""
+        return self.ring.in_flight + (self._polled.in_flight if self._polled is not None else 0)
+
+    def submit(self, op: int, handle: int, bio: Bio, flags: int) -> None:
+        """Queue a bio as one ring operation."""
+        self.ring.queue(op, handle, bio.segments, bio.addr, bio.length, flags, bio)
+
+    def submit_step(self, op: int, handle: int, step: Step, flags: int, *, data: bool = True) -> None:
+        """Queue one operation of several of a bio; without its data if it is a flush before it."""
+        bio = step.bio
+        if data:
+            self.ring.queue(op, handle, bio.segments, bio.addr, bio.length, flags, step)
+        else:
+            self.ring.queue(op, handle, (), 0, 0, flags, step)
+
+    def submit_polled(self, op: int, fd: int, step: Step, flags: int) -> bool:
+        """Queue a bio on the ring that polls the device; False if there is no such ring."""
+        if self._polled is None:
+            if self._open_polled is None:
+                return False
+            self._polled = self._open_polled()
+        bio = step.bio
+        self._polled.queue(op, fd, bio.segments, bio.addr, bio.length, flags, step)
+        return True
+
+    def commit(self) -> None:
+        """Hand over everything queued."""
+        self.ring.commit()
+        if self._polled is not None:
+            self._polled.commit()
+
+    def poll(self, timeout_ns: int) -> Sequence[Bio]:
+        """Finished bios of all devices on this queue. See `BlockDevice.poll`."""
+        polled = self._polled
+        if polled is None or not polled.in_flight:
+            return self._settle(self.ring.reap(timeout_ns))
+        if not self.ring.in_flight:
+            return self._settle(polled.reap(timeout_ns))
+        # Both are busy. HIPRI means that the processor may be spent on asking.
+        while True:
+            finished = self._settle(polled.reap(0) + self.ring.reap(0))
+            if finished or timeout_ns >= 0:
+                return finished
+
+    def wakeup_fd(self) -> int:
+        """Readable when `poll(0)` would return bios."""
+        return self.ring.wakeup_fd()
+
+    def close(self) -> None:
+        """Wait for everything in flight and close the rings."""
+        self.ring.close()
+        if self._polled is not None:
+            self._polled.close()
+
+    def _settle(self, answers: list[tuple[object, int]]) -> list[Bio]:
+        finished: list[Bio] = []
+        queued = False
+        for tag, result in answers:
+            if type(tag) is Step:
+                bio = tag.bio
+                outcome = tag.finish(result)
+                if outcome is None:
+                    queued = True
+                    continue
+                result = outcome
+            else:
+                bio = cast(Bio, tag)
+            if result < 0:
+                bio.error = -result
+            else:
+                bio.done_bytes = result
+            finished.append(bio)
+        if queued:
+            self.commit()
+        return finished

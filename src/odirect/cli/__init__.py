@@ -1,0 +1,1 @@
+"""The command `odirect`, one module a verb."""

@@ -1,0 +1,1 @@
+"""The direct-I/O paths over block devices, and how each request went."""

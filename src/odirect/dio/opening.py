@@ -1,0 +1,137 @@
+"""Opening a plain file or block device twice: past the page cache, and through it for the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import stat
+
+from odirect.base.errors import DirectoryError, NotDirectError, UnsupportedError, from_errno
+from odirect.block.bio import READ, WRITE
+from odirect.block.device import Limits
+from odirect.block.in_use import check_unused
+from odirect.block.limits import file_limits
+from odirect.dio.outcome import Reason
+from odirect.dio.plainfile import FileState
+
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+_MODES = {
+    "r": os.O_RDONLY,
+    "r+": os.O_RDWR,
+    "w": os.O_WRONLY | os.O_CREAT,
+    "w+": os.O_RDWR | os.O_CREAT,
+    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL,
+    "a": os.O_WRONLY | os.O_CREAT,
+    "a+": os.O_RDWR | os.O_CREAT,
+}
+
+
+@dataclasses.dataclass(slots=True)
+class Opened:
+    """Descriptors of one open file, and what is known of it.
+
+    direct_fd is -1 where the kernel refused O_DIRECT at open. `close` closes both.
+    """
+
+    direct_fd: int
+    cached_fd: int
+    state: FileState
+    readable: bool
+    writable: bool
+    appends: bool
+    mode: str
+
+    def close(self) -> None:
+        """Close the descriptors. Twice is harmless."""
+        for fd in (self.direct_fd, self.cached_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.direct_fd = self.cached_fd = -1
+
+
+def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: bool = False) -> Opened:
+    """The file at `path`, opened in one of the modes of `open` ("b" may be left out).
+
+    strict: raises NotDirectError where O_DIRECT is refused. A block device that is mounted or in
+    use is not opened for writing (InUseError) unless `overwrite_in_use`. Raises ValueError for a
+    mode that is none, UnsupportedError for a pipe, terminal or socket, DirectoryError, and the
+    kernel's answers as PathErrors.
+    """
+    plain = _plain_mode(mode)
+    flags = _MODES[plain] | os.O_CLOEXEC
+    shown = os.fspath(path)
+    try:
+        cached_fd = _open_unblocked(path, flags)
+    except OSError as error:
+        raise from_errno(error.errno or errno.EIO, "opening", shown) from error
+    opened = Opened(
+        -1,
+        cached_fd,
+        FileState(limits=Limits(), path=shown, is_block=False),
+        readable=plain == "r" or "+" in plain,
+        writable=plain != "r",
+        appends=plain[0] == "a",
+        mode=plain[0] + "b" + plain[1:],
+    )
+    try:
+        _finish_opening(opened, flags, plain, strict=strict, overwrite_in_use=overwrite_in_use)
+    except OSError as error:
+        opened.close()
+        if type(error).__module__ == "odirect.base.errors":
+            raise
+        raise from_errno(error.errno or errno.EIO, "opening", shown) from error
+    except BaseException:
+        opened.close()
+        raise
+    return opened
+
+
+def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, overwrite_in_use: bool) -> None:
+    state = opened.state
+    status = os.fstat(opened.cached_fd)
+    if stat.S_ISDIR(status.st_mode):
+        raise DirectoryError("a directory cannot be opened as a file", path=state.path)
+    state.is_block = stat.S_ISBLK(status.st_mode)
+    if not state.is_block and not stat.S_ISREG(status.st_mode):
+        raise UnsupportedError("not a regular file or block device; direct I/O has no meaning here", path=state.path)
+    if state.is_block and opened.writable and not overwrite_in_use:
+        check_unused(os.fspath(f"/proc/self/fd/{opened.cached_fd}"), what="write to")
+    again = flags & ~(os.O_CREAT | os.O_EXCL) | os.O_DIRECT
+    refusal = ""
+    try:
+        # By descriptor, not by name: the name may lead to another file by now.
+        opened.direct_fd = os.open(f"/proc/self/fd/{opened.cached_fd}", again)
+    except OSError as error:
+        refusal = os.strerror(error.errno or errno.EINVAL)
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.ENOENT):
+            raise
+    fd = opened.direct_fd if opened.direct_fd >= 0 else opened.cached_fd
+    state.limits, support = file_limits(fd, path=state.path, writable=opened.writable)
+    if opened.direct_fd < 0:
+        if strict:
+            raise NotDirectError(f"O_DIRECT is refused at open: {refusal}", path=state.path)
+        state.refused = {READ: Reason.REFUSED_AT_OPEN, WRITE: Reason.REFUSED_AT_OPEN}
+    else:
+        if not support.reads:
+            state.cached[READ] = Reason.CACHED_BY_FS
+        if not support.writes:
+            state.cached[WRITE] = Reason.CACHED_BY_FS
+    if plain[0] == "w" and not state.is_block:
+        os.ftruncate(opened.cached_fd, 0)
+
+
+def _plain_mode(mode: str) -> str:
+    plain = mode.replace("b", "", 1)
+    if plain not in _MODES:
+        raise ValueError(f"mode {mode!r}: use one of {', '.join(_MODES)}, with or without b; text is not for here")
+    return plain
+
+
+def _open_unblocked(path: Path, flags: int) -> int:
+    """Open without waiting for the other end of a pipe, then wait as usual."""
+    fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    os.set_blocking(fd, True)
+    return fd

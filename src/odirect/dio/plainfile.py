@@ -1,0 +1,284 @@
+"""One open plain file or block device: which way each request goes, and what can be said of it after.
+
+A request goes direct (`dio.bounce` over a `FileDevice`) as long as the kernel lets it. Where it is
+refused, at open, later or in mid-stream (F50), the alignment is asked for again and tightened; when
+nothing more can be tried, the page cache takes it (`CachedFileDevice`), and the outcome says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import mmap
+from collections.abc import Callable, Sequence
+
+from odirect.base.errors import (
+    AtomicLimitError,
+    DeviceError,
+    NoSpaceError,
+    NotDirectError,
+    ODirectError,
+    StickySyncError,
+    WouldBlockError,
+)
+from odirect.block.bio import ATOMIC, FUA, NOWAIT, READ, WRITE
+from odirect.block.buffers import BufferPool, slice_segments
+from odirect.block.device import BlockDevice, Limits, WithLimits
+from odirect.dio import blockdev, bounce
+from odirect.dio.blockdev import Refused, check_aligned
+from odirect.dio.bounce import Moved, Route
+from odirect.dio.outcome import Kind, Outcome, Promise, Reason, worst
+from odirect.sched.locks import Mutex
+
+# When the kernel refuses what it said that it takes, these are tried before direct I/O is given up.
+_STRICTER = (512, 4096, 65536)
+#: Where a regular file ends for a writer: the largest offset that the kernel knows.
+NO_END = (1 << 63) - 1
+
+
+@dataclasses.dataclass(slots=True)
+class FileState:
+    """What all who use one open file share, from whichever thread or loop.
+
+    refused: per operation (READ, WRITE) why the kernel does not do it direct, if it does not.
+    cached: likewise, where the kernel takes direct I/O and serves it from its cache.
+    failed_sync: the first sync that failed; the file stays failed (F41).
+    """
+
+    limits: Limits
+    path: object
+    is_block: bool
+    refused: dict[int, Reason] = dataclasses.field(default_factory=dict)
+    cached: dict[int, Reason] = dataclasses.field(default_factory=dict)
+    failed_sync: str | None = None
+
+    def check_sync(self) -> None:
+        """Raise StickySyncError if a sync has failed: what was written before may be lost (F41)."""
+        if self.failed_sync is not None:
+            raise StickySyncError(
+                f"an earlier sync failed ({self.failed_sync}); what was written before it may be lost. "
+                "Write it again through a newly opened file",
+                path=self.path,
+            )
+
+
+class PlainFile:
+    """The coroutine side of an open file; `files.File` and `aio.File` are its faces.
+
+    ask_again: gives the file's limits anew, after the kernel has refused a request.
+    """
+
+    def __init__(
+        self,
+        state: FileState,
+        direct: BlockDevice | None,
+        cached: BlockDevice | None,
+        pool: BufferPool,
+        *,
+        strict: bool = False,
+        ask_again: Callable[[], Limits] | None = None,
+    ) -> None:
+        self.state = state
+        self.strict = strict
+        self._direct = direct
+        self._cached = cached
+        self._pool = pool
+        self._ask_again = ask_again
+        self._limited: WithLimits | None = None
+        self._growing = Mutex()
+
+    @property
+    def size_bytes(self) -> int:
+        """The present size."""
+        device = self._direct if self._direct is not None else self._cached
+        if device is None:
+            raise RuntimeError("a file needs a device")
+        return device.size_bytes
+
+    async def read(self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0) -> Moved:
+        """Read up to `length` bytes at `offset`, none past the end (F02)."""
+        self._check_strict(READ, offset, segments, length)
+        while True:
+            direct = self._device_for(READ)
+            end = self.size_bytes
+            if direct is None:
+                return await self._through_cache(READ, offset, segments, length, flags, end)
+            route = Route(direct, self._pool, self._cached)
+            refused = None if self.strict else Refused()
+            moved = await bounce.read(route, offset, segments, length, end=end, flags=flags, refused=refused)
+            if not refused:
+                return self._honest(READ, moved)
+            self._tighten(READ)  # Reading again what was read already does no harm.
+
+    async def write(self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0) -> Moved:
+        """Write `length` bytes at `offset`; a block device that ends before takes fewer (B09)."""
+        if flags & FUA:
+            self.state.check_sync()
+        if flags & ATOMIC:
+            return await self._write_atomic(offset, segments, length, flags)
+        self._check_strict(WRITE, offset, segments, length)
+        try:
+            if self.state.is_block:
+                return await self._write(offset, segments, length, flags, self.size_bytes, ordered=False)
+            if offset + length > NO_END:
+                raise NoSpaceError(
+                    f"writing {length} bytes at {offset}: past the largest file size", errno=errno.EFBIG
+                )
+            if offset + length <= self.size_bytes:
+                return await self._write(offset, segments, length, flags, NO_END, ordered=False)
+            # The size must not be seen before the data below it is there (F03).
+            with await self._growing.hold():
+                return await self._write(offset, segments, length, flags, NO_END, ordered=True)
+        except DeviceError as error:
+            if flags & FUA:
+                self._remember(error)
+            raise
+
+    async def sync(self, *, data_only: bool = False) -> None:
+        """Make everything written durable. After a failure every later call fails too (F41)."""
+        self.state.check_sync()
+        device = self._direct if self._direct is not None else self._cached
+        if device is None:
+            raise RuntimeError("a file needs a device")
+        try:
+            await blockdev.flush(device, metadata=not data_only)
+        except ODirectError as error:
+            self._remember(error)
+            raise
+
+    async def change_range(self, op: int, offset: int, length: int) -> None:
+        """DISCARD or ZERO a range."""
+        device = self._direct if self._direct is not None else self._cached
+        if device is None:
+            raise RuntimeError("a file needs a device")
+        await blockdev.change_range(device, op, offset, length)
+
+    def _remember(self, error: BaseException) -> None:
+        if self.state.failed_sync is None:
+            self.state.failed_sync = str(error)
+
+    def _device_for(self, op: int) -> BlockDevice | None:
+        """The device for direct I/O, under the limits that are known by now; None if it is refused."""
+        device = self._direct
+        if device is None or op in self.state.refused:
+            return None
+        limits = self.state.limits
+        if device.limits is limits:
+            return device
+        if self._limited is None or self._limited.limits is not limits:
+            self._limited = WithLimits(device, limits)
+        return self._limited
+
+    def _check_strict(self, op: int, offset: int, segments: Sequence[memoryview], length: int) -> None:
+        if not self.strict:
+            return
+        reason = self.state.refused.get(op) or self.state.cached.get(op)
+        if reason is not None or self._direct is None:
+            verb = "reading" if op == READ else "writing"
+            raise NotDirectError(
+                f"{verb} cannot go direct: {(reason or Reason.REFUSED).value}; open it with access='auto' "
+                "to allow the page cache",
+                path=self.state.path,
+            )
+        check_aligned(self.state.limits, op, offset, segments, length)
+
+    async def _write(
+        self, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int, *, ordered: bool
+    ) -> Moved:
+        direct = self._device_for(WRITE)
+        if direct is None:
+            return await self._through_cache(WRITE, offset, segments, length, flags, end)
+        route = Route(direct, self._pool, self._cached)
+        refused = None if self.strict else Refused()
+        moved = await bounce.write(
+            route, offset, segments, length, end=end, flags=flags, ordered=ordered, refused=refused
+        )
+        if not refused:
+            return self._honest(WRITE, moved)
+        # What went through stays; each run that was refused is written in the next best way (F07).
+        self._tighten(WRITE)
+        outcome: Outcome | None = moved.outcome if moved.transferred else None
+        total = moved.transferred
+        for start, size in sorted(refused):
+            rest = await self._write(
+                offset + start, slice_segments(segments, start, size), size, flags, end, ordered=ordered
+            )
+            outcome = worst(outcome, rest.outcome)
+            total += rest.transferred
+            if rest.transferred < size:
+                return Moved(start + rest.transferred, outcome)
+        return Moved(total, outcome or moved.outcome)
+
+    async def _write_atomic(self, offset: int, segments: Sequence[memoryview], length: int, flags: int) -> Moved:
+        """An atomic write goes direct as one bio or not at all: nothing else keeps the promise (F43)."""
+        direct = self._device_for(WRITE)
+        if direct is None:
+            raise AtomicLimitError("an atomic write cannot go through the page cache", path=self.state.path)
+        end = self.size_bytes if self.state.is_block else NO_END
+        count = await blockdev.transfer(direct, WRITE, offset, segments, length, flags=flags, end=end)
+        promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
+        return Moved(count, Outcome(Kind.DIRECT, promise=promise))
+
+    async def _through_cache(
+        self, op: int, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int
+    ) -> Moved:
+        if self._cached is None:
+            raise NotDirectError("direct I/O is refused, and there is no page cache to go through", path=self.state.path)
+        reason = self.state.refused.get(op, Reason.REFUSED)
+        if op == READ:
+            length = max(0, min(length, end - offset))
+        if flags & NOWAIT and op == WRITE:
+            raise WouldBlockError("writing without waiting: it would go through the page cache", path=self.state.path)
+        count = await blockdev.transfer(
+            self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
+        )
+        promise = Promise.NONE
+        if op == WRITE:
+            promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
+        return Moved(count, Outcome(Kind.BUFFERED, reason, promise))
+
+    def _honest(self, op: int, moved: Moved) -> Moved:
+        """The outcome, with what the file system did behind our back."""
+        reason = self.state.cached.get(op)
+        if reason is None:
+            return moved
+        return Moved(moved.transferred, Outcome(Kind.BUFFERED, reason, moved.outcome.promise))
+
+    def _tighten(self, op: int) -> None:
+        """After a refusal: ask for the limits again, try coarser units, or give direct I/O up (F50)."""
+        old = self.state.limits
+        new = self._ask_again() if self._ask_again is not None else old
+        if all(after <= before for after, before in zip(_units(new), _units(old), strict=True)):
+            coarser = _coarser(old)
+            if coarser is None:
+                self.state.refused[op] = Reason.REFUSED
+                return
+            new = coarser
+        self.state.limits = new
+
+
+def _units(limits: Limits) -> tuple[int, int, int]:
+    return limits.read_align, limits.write_align, limits.memory_align
+
+
+def _coarser(limits: Limits) -> Limits | None:
+    """The next coarser units to try: memory first, then offsets and lengths; None after the coarsest."""
+    unit = max(limits.read_align, limits.write_align)
+    memory = limits.memory_align
+    if memory < mmap.PAGESIZE:
+        memory = mmap.PAGESIZE
+    else:
+        coarser = next((step for step in _STRICTER if step > unit), None)
+        if coarser is None:
+            return None
+        unit = coarser
+    fields = ("read_align", "write_align", "memory_align")
+    sources = {**limits.sources, **dict.fromkeys(fields, "refused below")}
+    return dataclasses.replace(
+        limits,
+        read_align=max(unit, limits.read_align),
+        write_align=max(unit, limits.write_align),
+        memory_align=memory,
+        max_bio_bytes=max(limits.max_bio_bytes, unit),
+        sources=sources,
+    )

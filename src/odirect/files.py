@@ -1,0 +1,675 @@
+"""`odirect.open`: plain files and block devices, past the page cache, for synchronous callers.
+
+A request that the kernel can take as it is costs one system call (B02). Any other runs through
+`dio.plainfile` on this thread's own ring. Both ways give the same bytes, errors and outcomes.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import io
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from odirect.base.errors import ClosedError, ODirectError, UnsupportedError, WouldBlockError, from_errno
+from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
+from odirect.block.buffers import BufferPool, as_bytes_view, empty
+from odirect.block.cached_file import CachedFileDevice
+from odirect.block.device import Limits
+from odirect.block.file_device import FileDevice, file_bytes
+from odirect.block.limits import file_limits
+from odirect.block.queue import RingQueue
+from odirect.dio import batch
+from odirect.dio.bounce import Moved
+from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS, Here, here
+from odirect.dio.opening import Opened, Path, open_file
+from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tally
+from odirect.dio.plainfile import PlainFile
+from odirect.dio.requests import Request, Requests
+from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
+from odirect.ring.choose import open_ring
+from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
+from odirect.sched.drive_sync import poll_any
+from odirect.sched.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+T = TypeVar("T")
+Access = Literal["auto", "strict"]
+Buffer = object  # anything with the buffer protocol
+
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
+_OPERATIONS = {"read": READ, "write": WRITE}
+#: Transfers in flight that a batch keeps unless told otherwise.
+BATCH_DEPTH = 64
+#: Requests of `submit` that are given to the kernel at once; more are held back.
+SUBMIT_DEPTH = 128
+
+
+def open(
+    path: Path,
+    mode: str = "r",
+    *,
+    access: Access = "auto",
+    dsync: bool = False,
+    nowait: bool = False,
+    hipri: bool = False,
+    atomic: bool = False,
+    overwrite_in_use: bool = False,
+) -> File:
+    """A `File` over the plain file or block device at `path`.
+
+    mode: "r", "r+", "w", "w+", "x", "x+", "a", "a+", with or without "b". "a" starts at the end; it is
+    not atomic against other processes that append.
+    access: "auto" takes any offset, length and memory, bounces what is not aligned, and falls back
+    to the page cache where the kernel refuses direct I/O; "strict" raises AlignmentError or
+    NotDirectError instead.
+    dsync: every write is durable when it returns (B05). nowait: a request that would wait raises
+    WouldBlockError. hipri: poll the device for completions where it can be polled (B06). atomic:
+    every write is whole or not there after a power cut, within the device's limits (F43).
+    overwrite_in_use: write to a block device although it is mounted or in use.
+
+    Raises ValueError for a mode or access that is none, and what `dio.opening.open_file` raises.
+    """
+    if access not in ("auto", "strict"):
+        raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
+    flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0) | (ATOMIC if atomic else 0)
+    opened = open_file(path, mode, strict=access == "strict", overwrite_in_use=overwrite_in_use)
+    return File(opened, access, flags)
+
+
+class File(io.RawIOBase):
+    """An open plain file or block device; works wherever a raw binary file does.
+
+    Transfers at a given offset (`pread`, `pwrite`, ...) may be made from several threads at once;
+    `read`, `write` and `seek` share one position, which a lock protects. `submit` and `completions`
+    belong to one thread.
+    """
+
+    def __init__(self, opened: Opened, access: Access, flags: int) -> None:
+        super().__init__()
+        self._opened = opened
+        self._state = opened.state
+        self._flags = flags
+        self.access: Access = access
+        self.mode = opened.mode
+        self.name = opened.state.path
+        self._rwf = (
+            (RWF_NOWAIT if flags & NOWAIT else 0)
+            | (RWF_HIPRI if flags & HIPRI else 0)
+            | (RWF_DSYNC if flags & FUA else 0)
+        )
+        self._read_rwf = self._rwf & ~RWF_DSYNC
+        limits = self._state.limits
+        # An atomic write has rules of its own, and goes the general way.
+        self._simple = DirectHandle(opened.direct_fd, limits.read_align, limits.write_align, limits.memory_align)
+        self._simple_writes = not flags & ATOMIC
+        self._simple_limits = limits
+        self._position = 0
+        self._position_lock = threading.RLock()
+        self._counts: dict[Outcome, list[int]] = {}
+        self._last: Outcome | None = None
+        self._local = threading.local()
+        self._submission: _Submission | None = None
+        self._find_size()
+        self._read_outcome = self._expected(READ)
+        self._write_outcome = self._expected(WRITE)
+        if opened.appends:
+            self._position = self._simple.size_hint
+
+    # What it is.
+
+    def fileno(self) -> int:
+        """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
+        self._check_open()
+        return self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+
+    def readable(self) -> bool:
+        """Whether it was opened for reading."""
+        self._check_open()
+        return self._opened.readable
+
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        self._check_open()
+        return self._opened.writable
+
+    def seekable(self) -> bool:
+        """True: only files and devices can be opened."""
+        self._check_open()
+        return True
+
+    @property
+    def size(self) -> int:
+        """The present size in bytes."""
+        self._check_open()
+        return self._find_size()
+
+    @property
+    def limits(self) -> Limits:
+        """Every alignment and limit as it is known by now, each with its source."""
+        return self._state.limits
+
+    @property
+    def last_outcome(self) -> Outcome | None:
+        """How the last request went, of whichever thread; None before the first."""
+        return self._last
+
+    @property
+    def totals(self) -> dict[Outcome, Tally]:
+        """Operations and bytes for each outcome that there was."""
+        return {outcome: Tally(*counts) for outcome, counts in self._counts.items()}
+
+    def __repr__(self) -> str:
+        state = "closed " if self.closed else ""
+        return f"<{state}odirect.File {os.fsdecode(cast(str, self.name))!r} mode={self.mode!r} access={self.access!r}>"
+
+    # Transfers at an offset.
+
+    def preadinto(self, buffer: Buffer, offset: int) -> int:
+        """Read into `buffer` from byte `offset`; the number of bytes, 0 at the end of the file.
+
+        What lies past the bytes that are counted is left as it was (F02). Raises DeviceError,
+        WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a negative offset.
+        """
+        count = self._simple.pread(buffer, offset, self._read_rwf)
+        if count > 0:
+            if count == len(buffer) if type(buffer) is memoryview else count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
+                self._count(self._read_outcome, count)
+                return count
+        return self._general(READ, [as_bytes_view(buffer, writable=True)], offset)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
+        if length < 0:
+            raise ValueError(f"cannot read {length} bytes")
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        length = max(0, min(length, self.size - offset))
+        buffer = empty(length)
+        return bytes(buffer[: self.preadinto(buffer, offset)])
+
+    def pwrite(self, buffer: Buffer, offset: int) -> int:
+        """Write `buffer` at byte `offset`; the number of bytes, all of them but at a device's end.
+
+        Raises NoSpaceError, DeviceError, and what `preadinto` raises.
+        """
+        if self._simple_writes:
+            count = self._simple.pwrite(buffer, offset, self._rwf)
+            if count > 0 and count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
+                end = offset + count
+                if end > self._simple.size_hint:
+                    self._simple.size_hint = end
+                self._count(self._write_outcome, count)
+                return count
+            if count < 0 and count != NOT_SIMPLE and self._flags & FUA and -count not in (errno.EINVAL, errno.EAGAIN):
+                raise self._failed_durable_write(-count, offset)
+        return self._general(WRITE, [as_bytes_view(buffer, writable=False)], offset)
+
+    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Read into the buffers in turn from byte `offset`; the number of bytes."""
+        return self._general(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Write the buffers in turn at byte `offset`; the number of bytes."""
+        return self._general(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
+
+    # The stream: io.RawIOBase.
+
+    def readinto(self, buffer: Buffer) -> int | None:
+        """Read into `buffer` from the position, which moves; None if nowait would wait."""
+        with self._position_lock:
+            try:
+                count = self.preadinto(buffer, self._position)
+            except WouldBlockError:
+                return None
+            self._position += count
+            return count
+
+    def readall(self) -> bytes:
+        """Everything from the position to the end."""
+        with self._position_lock:
+            pieces = []
+            while piece := self.pread(8 << 20, self._position):
+                pieces.append(piece)
+                self._position += len(piece)
+            return b"".join(pieces)
+
+    def read(self, size: int | None = -1, /) -> bytes | None:
+        """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
+        if size is None or size < 0:
+            return self.readall()
+        with self._position_lock:
+            try:
+                data = self.pread(size, self._position)
+            except WouldBlockError:
+                return None
+            self._position += len(data)
+            return data
+
+    def write(self, buffer: Buffer, /) -> int | None:
+        """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
+        with self._position_lock:
+            if self._opened.appends:
+                self._position = self.size
+            try:
+                count = self.pwrite(buffer, self._position)
+            except WouldBlockError:
+                return None
+            self._position += count
+            return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move the position; whence is SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA or SEEK_HOLE."""
+        self._check_open()
+        with self._position_lock:
+            if whence == os.SEEK_CUR:
+                offset += self._position
+            elif whence == os.SEEK_END:
+                offset += self.size
+            elif whence in (os.SEEK_DATA, os.SEEK_HOLE):
+                try:
+                    offset = os.lseek(self._opened.cached_fd, offset, whence)
+                except OSError as error:
+                    raise from_errno(error.errno or errno.EIO, f"seeking from {offset}", self.name) from error
+            elif whence != os.SEEK_SET:
+                raise ValueError(f"whence {whence} is none of SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA, SEEK_HOLE")
+            if offset < 0:
+                raise ValueError(f"the position cannot be {offset}")
+            self._position = offset
+            return offset
+
+    def tell(self) -> int:
+        """The position in bytes."""
+        self._check_open()
+        return self._position
+
+    # The file as a whole.
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Make the file `size` bytes long (default: up to the position); the new size."""
+        self._check_writable()
+        if size is None:
+            size = self._position
+        if size < 0:
+            raise ValueError(f"a file cannot have {size} bytes")
+        try:
+            os.ftruncate(self._opened.cached_fd, size)
+        except OSError as error:
+            raise from_errno(error.errno or errno.EIO, f"truncating to {size} bytes", self.name) from error
+        self._simple.size_hint = size
+        return size
+
+    def fallocate(
+        self, offset: int, length: int, *, punch: bool = False, zero: bool = False, keep_size: bool = False
+    ) -> None:
+        """Reserve space for [offset, offset+length), or punch a hole there, or make it read as zeroes.
+
+        keep_size: do not make the file longer; always so when punching. On a block device only
+        punch (discard) and zero have a meaning. Raises UnsupportedError where the file system or
+        device cannot, NoSpaceError.
+        """
+        self._check_writable()
+        if offset < 0 or length <= 0:
+            raise ValueError(f"{length} bytes at {offset} is not a range")
+        if punch and zero:
+            raise ValueError("punch and zero exclude each other")
+        if self._state.is_block:
+            if not (punch or zero):
+                raise UnsupportedError("a block device has all its space already", path=self.name)
+            self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
+            return
+        mode = _PUNCH_HOLE | _KEEP_SIZE if punch else (_ZERO_RANGE if zero else 0) | (_KEEP_SIZE if keep_size else 0)
+        answer = fallocate(self._opened.cached_fd, mode, offset, length)
+        if answer < 0:
+            raise from_errno(-answer, f"fallocate of {length} bytes at {offset}", self.name)
+        self._find_size()
+
+    def sync(self, *, data_only: bool = False) -> None:
+        """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
+        self._check_open()
+        self._run(lambda plain: plain.sync(data_only=data_only))
+
+    def flush(self) -> None:
+        """Nothing: a raw file holds nothing back. `sync` makes data durable."""
+        if self.closed:
+            raise ClosedError("the file is closed", path=self.name)
+
+    def close(self) -> None:
+        """Wait for what is in flight, and close. Twice is harmless."""
+        if not self.closed:
+            try:
+                if self._submission is not None:
+                    self._submission.close()
+            finally:
+                self._simple.fd = -1
+                super().close()
+                self._opened.close()
+
+    # Many at once.
+
+    def read_batch(
+        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, out: Buffer, *, depth: int = BATCH_DEPTH
+    ) -> NDArray[numpy.int64]:
+        """Read `length` bytes at each of `offsets` into `out`, one after the other; bytes read for each.
+
+        out: at least len(offsets) * length bytes, writable. depth: how many are in flight at once.
+        A count is short only at the end of the file. Raises the error of the first element (by
+        position) that failed, after all have been tried.
+        """
+        return self._batch(READ, offsets, length, out, depth)
+
+    def write_batch(
+        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, data: Buffer, *, depth: int = BATCH_DEPTH
+    ) -> NDArray[numpy.int64]:
+        """Write consecutive runs of `length` bytes of `data` at each of `offsets`; bytes written for each.
+
+        Elements that overlap land in any order. Those that make the file grow go last, in order of
+        offset, so that its size never runs ahead of its data (F03). Errors as in `read_batch`.
+        """
+        return self._batch(WRITE, offsets, length, data, depth)
+
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: Buffer, tag: object = None) -> Request:
+        """Start a transfer and return at once (B07); `completions` gives it back when it is done.
+
+        The buffer belongs to the device until then. Requests that grow the file are done in the
+        order in which they were submitted (G04, F03).
+        """
+        if self._submission is None:
+            self._check_open()
+            self._submission = _Submission(self)
+        return self._submission.submit(op, offset, buffer, tag)
+
+    def completions(self) -> Iterator[Request]:
+        """Requests of `submit` as they finish, each once, until none is left; more may be submitted meanwhile."""
+        if self._submission is None:
+            return iter(())
+        return self._submission.completions()
+
+    # How.
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the file is closed", path=self.name)
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if not self._opened.writable:
+            raise io.UnsupportedOperation("the file was not opened for writing")
+
+    def _check_usable(self, op: int) -> None:
+        self._check_open()
+        if not (self._opened.readable if op == READ else self._opened.writable):
+            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+
+    def _find_size(self) -> int:
+        size = file_bytes(self._opened.cached_fd)
+        self._simple.size_hint = size
+        return size
+
+    def _expected(self, op: int) -> Outcome:
+        """The outcome of a request that goes the simple way."""
+        promise = Promise.NONE
+        if op == WRITE:
+            promise = Promise.DURABLE if self._flags & FUA else Promise.DEVICE
+        reason = self._state.cached.get(op)
+        if reason is None:
+            return Outcome(Kind.DIRECT, Reason.NONE, promise)
+        return Outcome(Kind.BUFFERED, reason, promise)
+
+    def _count(self, outcome: Outcome, count: int, operations: int = 1) -> None:
+        self._last = outcome
+        try:
+            tally = self._counts[outcome]
+        except KeyError:
+            tally = self._counts.setdefault(outcome, [0, 0])
+        tally[0] += operations
+        tally[1] += count
+
+    def _plain(self, place: Here) -> tuple[PlainFile, CachedFileDevice]:
+        """This thread's way through `dio.plainfile`."""
+        known = getattr(self._local, "plain", None)
+        if known is None or known[0] is not place:
+            opened = self._opened
+            direct = None
+            if opened.direct_fd >= 0:
+                direct = FileDevice(place.queue, opened.direct_fd, self._state.limits, register=False)
+            cached = CachedFileDevice(opened.cached_fd)
+            plain = PlainFile(
+                self._state,
+                direct,
+                cached,
+                place.pool,
+                strict=self.access == "strict",
+                ask_again=self._ask_again,
+            )
+            known = self._local.plain = (place, plain, cached)
+        return known[1], known[2]
+
+    def _ask_again(self) -> Limits:
+        return file_limits(self.fileno(), path=self.name, writable=self._opened.writable)[0]
+
+    def _run(self, call: Callable[[PlainFile], Coroutine[Any, Any, T]]) -> T:
+        place = here()
+        plain, cached = self._plain(place)
+        try:
+            return place.run(call(plain), cached)
+        except ODirectError as error:
+            if error.filename is None:
+                error.filename = self.name
+            raise
+        finally:
+            limits = self._state.limits
+            if limits is not self._simple_limits:
+                self._adopt(limits)
+
+    def _adopt(self, limits: Limits) -> None:
+        """The kernel turned out to be choosier than it said (F50): the simple way must know."""
+        self._simple_limits = limits
+        simple = self._simple
+        simple.read_align, simple.write_align = limits.read_align, limits.write_align
+        simple.memory_align = limits.memory_align
+
+    def _general(self, op: int, segments: list[memoryview], offset: int) -> int:
+        """Any request, by `dio.plainfile`."""
+        moved = self._moved(op, segments, offset)
+        self._count(moved.outcome, moved.transferred)
+        return moved.transferred
+
+    def _moved(self, op: int, segments: list[memoryview], offset: int) -> Moved:
+        self._check_usable(op)
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        segments = [segment for segment in segments if len(segment)]
+        length = sum(map(len, segments))
+        if op == READ:
+            flags = self._flags & ~(FUA | ATOMIC)
+            moved = self._run(lambda plain: plain.read(offset, segments, length, flags))
+        else:
+            flags = self._flags
+            moved = self._run(lambda plain: plain.write(offset, segments, length, flags))
+        if op in self._state.refused:
+            self._simple.fd = -1  # The simple way is closed; it would be refused every time.
+        self._find_size()
+        return moved
+
+    def _batch(
+        self, op: int, offsets: Sequence[int] | NDArray[numpy.int64], length: int, buffer: Buffer, depth: int
+    ) -> NDArray[numpy.int64]:
+        import numpy
+
+        self._check_usable(op)
+        given = numpy.asarray(offsets)
+        if given.size and given.dtype.kind not in "iu":
+            raise TypeError(f"offsets must be whole numbers, not {given.dtype}")
+        places = numpy.ascontiguousarray(given, dtype=numpy.int64)
+        view = as_bytes_view(buffer, writable=op == READ)
+        if places.ndim != 1 or length < 0 or depth < 1:
+            raise ValueError("a batch takes a flat list of offsets, a length of at least 0, and a depth of at least 1")
+        if len(view) < len(places) * length:
+            raise ValueError(f"{len(places)} transfers of {length} bytes need more than the {len(view)} bytes given")
+        if len(places) and int(places.min()) < 0:
+            raise ValueError(f"offset {int(places.argmin())} of the batch is {int(places.min())}, which is negative")
+        results = numpy.full(len(places), -1, dtype=numpy.int64)
+        size = self._find_size()
+        if self._simple.fd >= 0 and not self._flags & ATOMIC:
+            self._batch_natively(op, view, places, length, size, results, depth)
+        left: list[int] = numpy.flatnonzero(results != length).tolist()
+        if left:
+            self._batch_generally(op, view, places.tolist(), length, size, left, results, depth)
+        return results
+
+    def _batch_natively(
+        self,
+        op: int,
+        view: memoryview,
+        places: NDArray[numpy.int64],
+        length: int,
+        size: int,
+        results: NDArray[numpy.int64],
+        depth: int,
+    ) -> None:
+        flags = self._read_rwf if op == READ else self._rwf
+        ring = here().idle_ring()
+        expected = self._read_outcome if op == READ else self._write_outcome
+        for first, last in batch.simple_runs(self._state.limits, op, view, places, length, size):
+            part = view[first * length : last * length]
+            answers = results[first:last]
+            batch.run_natively(
+                ring, self._opened.direct_fd, op, part, places[first:last], length, flags & ~RWF_HIPRI, answers, depth
+            )
+            whole = int((answers == length).sum())
+            if whole:
+                self._count(expected, whole * length, whole)
+
+    def _batch_generally(
+        self,
+        op: int,
+        view: memoryview,
+        places: list[int],
+        length: int,
+        size: int,
+        left: list[int],
+        results: NDArray[numpy.int64],
+        depth: int,
+    ) -> None:
+        """What the native loop could not do whole: it says how each really went."""
+        flags = self._flags if op == WRITE else self._flags & ~(FUA | ATOMIC)
+        failed: dict[int, Exception] = {}
+        if op == WRITE and flags & FUA:
+            for element in left:
+                if results[element] < -1 and -results[element] not in (errno.EINVAL, errno.EAGAIN):
+                    failed[element] = self._failed_durable_write(-int(results[element]), places[element])
+        growing = []
+        if op == WRITE and not self._state.is_block:
+            growing = [element for element in left if places[element] + length > size]
+        inside = [element for element in left if element not in failed and element not in set(growing)]
+        outcomes = self._run(
+            lambda plain: batch.run_each(plain, op, view, places, inside, length, flags, depth)
+        )
+        for first, number in batch.growing_runs(growing, places, length):
+            run = view[first * length : (first + number) * length]
+            try:
+                moved = self._moved(op, [run], places[first])
+            except ODirectError as error:
+                failed[first] = error
+                break  # What lies above it would leave a hole below the size (F03).
+            for element in range(first, first + number):
+                outcomes[element] = Moved(length, moved.outcome)
+        for element, outcome in outcomes.items():
+            if isinstance(outcome, Moved):
+                results[element] = outcome.transferred
+                self._count(outcome.outcome, outcome.transferred)
+            else:
+                failed[element] = outcome
+        if failed:
+            raise failed[min(failed)]
+
+    def _failed_durable_write(self, number: int, offset: int) -> ODirectError:
+        """The error of a write and its sync. It is told once; a second try would seem to succeed (F41)."""
+        error = from_errno(number, f"writing at {offset}", self.name)
+        if self._state.failed_sync is None:
+            self._state.failed_sync = str(error)
+        return error
+
+
+class _Submission:
+    """Requests in flight of one `File`, for `submit` and `completions`: a ring of its own, one thread."""
+
+    def __init__(self, file: File) -> None:
+        opened = file._opened
+        self._file = file
+        self._queue = RingQueue(open_ring(SUBMIT_DEPTH), open_polled=lambda: open_ring(iopoll=True))
+        self._scheduler = Scheduler()
+        self._scheduler.add_device(self._queue)
+        self._cached = CachedFileDevice(opened.cached_fd)
+        self._scheduler.add_device(self._cached)
+        self._device = None
+        if opened.direct_fd >= 0:
+            self._device = FileDevice(self._queue, opened.direct_fd, file._state.limits)
+        plain = PlainFile(
+            file._state,
+            self._device,
+            self._cached,
+            BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS),
+            strict=file.access == "strict",
+            ask_again=file._ask_again,
+        )
+        self._requests = Requests(
+            file._state,
+            self._device,
+            plain,
+            self._scheduler,
+            opened.cached_fd,
+            file._flags,
+            {READ: file._read_outcome, WRITE: file._write_outcome},
+        )
+        self._finished: collections.deque[Request] = collections.deque()
+
+    def submit(self, op: str, offset: int, buffer: Buffer, tag: object) -> Request:
+        """See `File.submit`."""
+        number = _OPERATIONS.get(op)
+        if number is None:
+            raise ValueError(f"operation {op!r}: use 'read' or 'write'")
+        self._file._check_usable(number)
+        return self._requests.start(number, offset, buffer, tag, self._done)
+
+    def completions(self) -> Iterator[Request]:
+        """See `File.completions`."""
+        finished = self._finished
+        while True:
+            while finished:
+                yield finished.popleft()
+            if not self._requests.pending:
+                return
+            self._pump()
+
+    def close(self) -> None:
+        """Wait for everything in flight and close the ring; requests nobody asked for are dropped."""
+        try:
+            while self._requests.pending:
+                self._pump()
+        finally:
+            if self._device is not None:
+                self._device.close()
+            self._queue.close()
+            self._cached.close()
+
+    def _pump(self) -> None:
+        scheduler = self._scheduler
+        scheduler.run_ready()
+        if self._finished:
+            return
+        scheduler.commit()
+        scheduler.dispatch(poll_any(scheduler.devices, -1))
+
+    def _done(self, request: Request) -> None:
+        outcome = request.outcome
+        if outcome is not None:
+            self._file._count(outcome, request.transferred)
+        self._finished.append(request)

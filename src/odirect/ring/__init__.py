@@ -1,0 +1,1 @@
+"""Rings: many operations on descriptors handed to the kernel in one call."""

@@ -1,0 +1,407 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""System calls that Python lacks or does slowly.
+
+Nothing here keeps anything: buffers are held for the length of one call, and every call into the
+kernel is made without the GIL. Calls that are made per I/O answer with a negative errno; the others
+raise.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.exc cimport PyErr_CheckSignals, PyErr_Clear
+from libc.errno cimport EINTR, ENOSYS, EPERM
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+import collections
+import os
+
+from odirect.base.errors import from_errno
+
+
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object number, int *overflow) except? -1
+
+
+cdef extern from "kernel_calls.h" nogil:
+    struct od_statx:
+        uint32_t mask
+        uint32_t blksize
+        uint16_t mode
+        uint64_t ino
+        uint64_t size
+        uint32_t rdev_major
+        uint32_t rdev_minor
+        uint32_t dev_major
+        uint32_t dev_minor
+        uint64_t mnt_id
+        uint32_t dio_mem_align
+        uint32_t dio_offset_align
+        uint32_t atomic_write_unit_min
+        uint32_t atomic_write_unit_max
+        uint32_t atomic_write_segments_max
+        uint32_t dio_read_offset_align
+        uint32_t atomic_write_unit_max_opt
+
+    struct od_cachestat:
+        uint64_t cached
+        uint64_t dirty
+        uint64_t writeback
+        uint64_t evicted
+        uint64_t recently_evicted
+
+    int EOPNOTSUPP, AT_EMPTY_PATH, AT_FDCWD
+    unsigned od_fork_generation
+    int od_watch_forks()
+    Py_ssize_t od_pread(int fd, void *memory, size_t bytes, int64_t offset, int flags)
+    Py_ssize_t od_pwrite(int fd, void *memory, size_t bytes, int64_t offset, int flags)
+    int od_statx_call(int fd, const char *path, int flags, od_statx *result)
+    int od_cachestat_call(int fd, uint64_t offset, uint64_t bytes, od_cachestat *result)
+    int od_sync_file_range(int fd, int64_t offset, int64_t bytes, unsigned flags)
+    int od_fallocate(int fd, int mode, int64_t offset, int64_t bytes)
+    Py_ssize_t od_copy(void *target, void *source, size_t bytes)
+    Py_ssize_t od_zero(void *target, size_t bytes)
+
+
+#: What `DirectHandle` answers when a request needs the long way round; nothing has been done then.
+NOT_SIMPLE = -1 << 40
+
+cdef enum:
+    # What the kernel moves at most in one call (MAX_RW_COUNT).
+    LONGEST = 0x7FFFF000
+
+cdef object _not_simple = NOT_SIMPLE
+
+if od_watch_forks():
+    raise MemoryError("pthread_atfork")
+
+
+def fork_generation():
+    """How many forks lie between the process that loaded this and the one that asks; cheap to call."""
+    return od_fork_generation
+
+
+def address_of(buffer):
+    """The memory address of the first byte of a contiguous buffer.
+
+    Raises ValueError if it is not contiguous, TypeError if it is no buffer.
+    """
+    return span(buffer, False)[0]
+
+
+def span(buffer, bint writable):
+    """(address, bytes) of a contiguous buffer.
+
+    Raises ValueError if it is not contiguous, or read-only where `writable` is asked for; TypeError
+    if it is no buffer.
+    """
+    cdef Py_buffer view
+    get_buffer(buffer, &view, writable)
+    try:
+        return <uintptr_t>view.buf, view.len
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef int get_buffer(object buffer, Py_buffer *view, bint writable) except -1:
+    try:
+        PyObject_GetBuffer(buffer, view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+    except BufferError as error:
+        raise ValueError(f"the buffer must be contiguous{' and writable' if writable else ''}: {error}") from None
+    return 0
+
+
+@cython.final
+cdef class DirectHandle:
+    """The short way to one aligned transfer: one system call, made only if nothing can need more than that.
+
+    fd           the descriptor, opened with O_DIRECT; negative: every answer is NOT_SIMPLE
+    size_hint    bytes of the file as last known; a read is simple only if it ends before this.
+                 -1: not known
+    read_align, write_align    powers of two that offset and length must be multiples of
+    memory_align               power of two that the buffer's address must be a multiple of
+
+    Raises ValueError for an alignment that is no power of two.
+    """
+
+    cdef public int fd
+    cdef public int64_t size_hint
+    cdef uint64_t read_mask, write_mask, memory_mask
+
+    def __init__(self, int fd, read_align, write_align, memory_align):
+        self.fd = fd
+        self.size_hint = -1
+        self.read_align = read_align
+        self.write_align = write_align
+        self.memory_align = memory_align
+
+    @property
+    def read_align(self):
+        """What offset and length of a read must be multiples of, in bytes."""
+        return self.read_mask + 1
+
+    @read_align.setter
+    def read_align(self, value):
+        self.read_mask = mask_of(value)
+
+    @property
+    def write_align(self):
+        """What offset and length of a write must be multiples of, in bytes."""
+        return self.write_mask + 1
+
+    @write_align.setter
+    def write_align(self, value):
+        self.write_mask = mask_of(value)
+
+    @property
+    def memory_align(self):
+        """What a buffer's address must be a multiple of, in bytes."""
+        return self.memory_mask + 1
+
+    @memory_align.setter
+    def memory_align(self, value):
+        self.memory_mask = mask_of(value)
+
+    def pread(self, buffer, offset, int flags=0):
+        """Bytes read into all of `buffer` from `offset`, or a negative errno, or NOT_SIMPLE with nothing done.
+
+        `flags` are RWF_*. Simple is: a writable contiguous buffer of at least one byte, aligned, that
+        ends before `size_hint`. The count may be short. Raises what a signal's handler raises.
+        Source: preadv2(2).
+        """
+        cdef Py_buffer view
+        cdef int overflow = 0
+        cdef int64_t place, done
+        if self.size_hint < 0:
+            return _not_simple
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE)
+        except Exception:
+            return _not_simple
+        try:
+            place = PyLong_AsLongLongAndOverflow(offset, &overflow)
+        except Exception:
+            PyBuffer_Release(&view)
+            return _not_simple
+        if (
+            overflow
+            or place < 0
+            or view.len <= 0
+            or view.len > LONGEST
+            or (<uint64_t>place | <uint64_t>view.len) & self.read_mask
+            or <uintptr_t>view.buf & self.memory_mask
+            or view.len > self.size_hint
+            or place > self.size_hint - view.len
+            or self.fd < 0
+        ):
+            PyBuffer_Release(&view)
+            return _not_simple
+        while True:
+            with nogil:
+                done = od_pread(self.fd, view.buf, view.len, place, flags)
+            if done != -EINTR:
+                break
+            try:
+                PyErr_CheckSignals()
+            except BaseException:
+                PyBuffer_Release(&view)
+                raise
+        PyBuffer_Release(&view)
+        return done
+
+    def pwrite(self, buffer, offset, int flags=0):
+        """Bytes written of `buffer` at `offset`, or a negative errno, or NOT_SIMPLE with nothing done.
+
+        `flags` are RWF_*. Simple is: a contiguous buffer of at least one byte, aligned. The count may
+        be short. Raises what a signal's handler raises. Source: pwritev2(2).
+        """
+        cdef Py_buffer view
+        cdef int overflow = 0
+        cdef int64_t place, done
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        except Exception:
+            return _not_simple
+        try:
+            place = PyLong_AsLongLongAndOverflow(offset, &overflow)
+        except Exception:
+            PyBuffer_Release(&view)
+            return _not_simple
+        if (
+            overflow
+            or place < 0
+            or view.len <= 0
+            or view.len > LONGEST
+            or (<uint64_t>place | <uint64_t>view.len) & self.write_mask
+            or <uintptr_t>view.buf & self.memory_mask
+            or self.fd < 0
+        ):
+            PyBuffer_Release(&view)
+            return _not_simple
+        while True:
+            with nogil:
+                done = od_pwrite(self.fd, view.buf, view.len, place, flags)
+            if done != -EINTR:
+                break
+            try:
+                PyErr_CheckSignals()
+            except BaseException:
+                PyBuffer_Release(&view)
+                raise
+        PyBuffer_Release(&view)
+        return done
+
+
+cdef uint64_t mask_of(object alignment) except? 0xFFFFFFFFFFFFFFFF:
+    cdef uint64_t value = 0
+    if 0 < alignment < 1 << 62:
+        value = alignment
+    if value == 0 or value & (value - 1):
+        raise ValueError(f"an alignment must be a power of two, not {alignment}")
+    return value - 1
+
+
+class Statx(
+    collections.namedtuple(
+        "Statx",
+        "mask blksize mode ino size dev_major dev_minor rdev_major rdev_minor mnt_id dio_mem_align dio_offset_align"
+        " dio_read_offset_align atomic_write_unit_min atomic_write_unit_max atomic_write_segments_max"
+        " atomic_write_unit_max_opt",
+    )
+):
+    """What `statx` answers. Sizes and alignments in bytes; `mask` says which fields the kernel filled (STATX_*)."""
+
+    __slots__ = ()
+
+
+def statx(target):
+    """The `Statx` of a descriptor or path (symbolic links are followed).
+
+    Raises an ODirectError with the kernel's errno. Source: statx(2).
+    """
+    cdef od_statx result
+    cdef int fd, error, flags = 0
+    cdef bytes path = b""
+    cdef const char *name
+    if isinstance(target, int):
+        fd = target
+        flags = AT_EMPTY_PATH
+    else:
+        fd = AT_FDCWD
+        path = os.fsencode(target)
+        if b"\0" in path:
+            raise ValueError("embedded null byte")
+    name = path
+    with nogil:
+        error = od_statx_call(fd, name, flags, &result)
+    if error:
+        raise from_errno(-error, "statx", None if isinstance(target, int) else target)
+    return Statx(
+        result.mask,
+        result.blksize,
+        result.mode,
+        result.ino,
+        result.size,
+        result.dev_major,
+        result.dev_minor,
+        result.rdev_major,
+        result.rdev_minor,
+        result.mnt_id,
+        result.dio_mem_align,
+        result.dio_offset_align,
+        result.dio_read_offset_align,
+        result.atomic_write_unit_min,
+        result.atomic_write_unit_max,
+        result.atomic_write_segments_max,
+        result.atomic_write_unit_max_opt,
+    )
+
+
+def cachestat(int fd, uint64_t offset, uint64_t length):
+    """(cached, dirty, writeback, evicted, recently evicted) pages of the range; `length` 0 is to the end.
+
+    None where the kernel has no such call (before Linux 6.5), forbids it, or the file has no page cache of its own.
+    Raises an ODirectError for any other errno. Source: cachestat(2).
+    """
+    cdef od_cachestat result
+    cdef int error
+    with nogil:
+        error = od_cachestat_call(fd, offset, length, &result)
+    if error == 0:
+        return result.cached, result.dirty, result.writeback, result.evicted, result.recently_evicted
+    if error == -ENOSYS or error == -EPERM or error == -EOPNOTSUPP:
+        return None
+    raise from_errno(-error, "cachestat")
+
+
+def sync_file_range(int fd, int64_t offset, int64_t length, unsigned flags):
+    """0 or a negative errno. Source: sync_file_range(2), where the flags are."""
+    cdef int error
+    while True:
+        with nogil:
+            error = od_sync_file_range(fd, offset, length, flags)
+        if error != -EINTR:
+            return error
+        PyErr_CheckSignals()
+
+
+def fallocate(int fd, int mode, int64_t offset, int64_t length):
+    """0 or a negative errno. Source: fallocate(2), where the modes are."""
+    cdef int error
+    while True:
+        with nogil:
+            error = od_fallocate(fd, mode, offset, length)
+        if error != -EINTR:
+            return error
+        PyErr_CheckSignals()
+
+
+def copy_guarded(target, source):
+    """How many bytes were copied (all of them), or -EFAULT if either memory turns out not to be there.
+
+    Where a plain copy would kill the process (a mapping of a file that has been cut short, or that
+    was unmapped or protected), the kernel copies and answers (F23). Where the kernel forbids
+    process_vm_readv(2) it is a plain copy. The buffers must not overlap.
+
+    Raises ValueError if the lengths differ or `target` is read-only.
+    """
+    cdef Py_buffer to, origin
+    cdef Py_ssize_t done
+    get_buffer(target, &to, True)
+    try:
+        get_buffer(source, &origin, False)
+        try:
+            if to.len != origin.len:
+                raise ValueError(f"the target has {to.len} bytes, the source {origin.len}")
+            with nogil:
+                done = od_copy(to.buf, origin.buf, to.len)
+                if done == -EPERM or done == -ENOSYS:
+                    memcpy(to.buf, origin.buf, to.len)
+                    done = to.len
+        finally:
+            PyBuffer_Release(&origin)
+    finally:
+        PyBuffer_Release(&to)
+    return done
+
+
+def zero_fill(buffer):
+    """How many bytes of `buffer` were set to zero (all of them), or -EFAULT as `copy_guarded` has it.
+
+    Raises ValueError if it is read-only.
+    """
+    cdef Py_buffer view
+    cdef Py_ssize_t done
+    get_buffer(buffer, &view, True)
+    with nogil:
+        done = od_zero(view.buf, view.len)
+        if done == -EPERM or done == -ENOSYS:
+            memset(view.buf, 0, view.len)
+            done = view.len
+    PyBuffer_Release(&view)
+    return done

@@ -1,0 +1,1 @@
+"""Coroutines on a tiny scheduler, and the drivers that pump it."""

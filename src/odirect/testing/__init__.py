@@ -1,0 +1,1 @@
+"""Simulation, models and conformance suites; only tests import this."""
