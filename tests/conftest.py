@@ -99,6 +99,13 @@ def _descriptors() -> dict[int, str]:
     return found
 
 
+def _forget_this_threads_ring() -> None:
+    """The ring that a thread keeps for its next call is no leak: it goes with the thread, or here."""
+    for module, kept in (("odirect.dio.here", "_threads"), ("odirect.ring.choose", "_local")):
+        if module in sys.modules:
+            getattr(sys.modules[module], kept).__dict__.clear()
+
+
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_leaked(request: pytest.FixtureRequest) -> Iterator[None]:
     """The test closes every descriptor that it opens (those of its fixtures too)."""
@@ -108,10 +115,7 @@ def _no_descriptor_is_leaked(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     leaked = {fd: of for fd, of in _descriptors().items() if before.get(fd) != of}
     if leaked:
-        # The ring that a calling thread keeps for its next call is no leak: it goes with the thread.
-        calling = sys.modules.get("odirect.dio.here")
-        if calling is not None:
-            calling._forget()
+        _forget_this_threads_ring()
         gc.collect()  # what only a cycle keeps open is not leaked
         leaked = {fd: of for fd, of in _descriptors().items() if before.get(fd) != of}
     if leaked:

@@ -22,7 +22,13 @@ Pathish = str | os.PathLike[str]
 #: The smallest image that each mkfs takes, with some room.
 SMALLEST = {"ext2": 8 << 20, "ext3": 16 << 20, "ext4": 16 << 20, "xfs": 320 << 20, "btrfs": 128 << 20}
 
-_MKFS_FLAGS = {"ext2": ["-q", "-F"], "ext3": ["-q", "-F"], "ext4": ["-q", "-F"], "xfs": ["-q", "-f"], "btrfs": ["-q", "-f"]}
+_MKFS_FLAGS = {
+    "ext2": ["-q", "-F"],
+    "ext3": ["-q", "-F"],
+    "ext4": ["-q", "-F"],
+    "xfs": ["-q", "-f"],
+    "btrfs": ["-q", "-f"],
+}
 
 
 # --- what a test needs ---------------------------------------------------------------------------
@@ -74,20 +80,41 @@ def run(*command: Pathish) -> str:
 
 
 @contextlib.contextmanager
-def loop_device(
-    path: Pathish, sector: int = 512, read_only: bool = False, *, direct_io: bool = True, partscan: bool = False
-) -> Iterator[str]:
+def loop_device(path: Pathish, sector: int = 512, read_only: bool = False, *, direct_io: bool = True) -> Iterator[str]:
     """The path of a loop device over the image at `path`, with sectors of 512 to 4096 bytes."""
     needs_loop()
     options = [f"--direct-io={'on' if direct_io else 'off'}", f"--sector-size={sector}"]
     options += ["--read-only"] if read_only else []
-    options += ["--partscan"] if partscan else []
     device = run("losetup", "--find", "--show", *options, path).strip()
     try:
         yield device
     finally:
         # Detaching is put off by the kernel while somebody (udev, a failed test) has it open.
         subprocess.run([needs_tool("losetup"), "--detach", device], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def partition(disk: str, start: int, length: int, number: int = 1) -> Iterator[str]:
+    """The path of a partition of `disk`, in bytes, told to the kernel by hand: no partition table is needed."""
+    run("addpart", disk, str(number), str(start // 512), str(length // 512))
+    try:
+        yield f"{disk}p{number}"
+    finally:
+        subprocess.run([needs_tool("delpart"), disk, str(number)], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def swapped_on(path: Pathish) -> Iterator[None]:
+    """The file or device at `path` is made swap and used; skips the test where that is forbidden."""
+    needs_root()
+    run("mkswap", path)
+    done = subprocess.run([needs_tool("swapon"), path], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"swapon is refused here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        run("swapoff", path)
 
 
 # --- mounts --------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -35,11 +36,13 @@ CHUNK = 8 * MIB
 RUNTIME_SECONDS = 3
 #: (what it is called, --rw, --bs, --iodepth), for odirect and fio alike.
 READINGS = (
-    ("sequential read, 1 MiB, 8 in flight", "read", "1M", 8),
-    ("random read, 4 KiB, 32 in flight", "randread", "4k", 32),
+    ("read 1 MiB × 8", "read", "1M", 8),
+    ("random 4 KiB × 32", "randread", "4k", 32),
 )
 
-console = Console()
+console = Console(highlight=False)
+if not console.is_terminal:
+    console.width = 110  # a log is not folded
 
 
 class Trouble(Exception):
@@ -138,12 +141,21 @@ def scratch_directory(size: int) -> Iterator[Path]:
 
 
 def shown_outcomes(counts: Mapping[str, int]) -> str:
-    """Outcomes with their counts, as "direct", or "direct 99%, bounced (end of file) 1%"."""
-    total = sum(counts.values())
+    """Outcomes as "direct", or where there are several as "1,023 direct, 1 bounced (end of file)"."""
     if len(counts) < 2:
         return next(iter(counts), "")
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {100 * count / total:.3g}%" for name, count in ordered)
+    return ", ".join(f"{count:,} {name}" for name, count in ordered)
+
+
+def told_outcomes(told: list[dict[str, Any]]) -> str:
+    """Outcomes as the command's JSON lists them, in words."""
+    counts: dict[str, int] = {}
+    for each in told:
+        reason = f" ({each['reason']})" if each["reason"] else ""
+        promise = f" {each['promise']}" if each["promise"] != "none" else ""
+        counts[f"{each['kind']}{reason}{promise}"] = each["operations"]
+    return shown_outcomes(counts)
 
 
 @contextlib.contextmanager
@@ -174,7 +186,7 @@ def make_file(path: Path, size: int) -> Row:
         file.sync()
         seconds += time.perf_counter() - start
         outcome = shown_outcomes({str(each): tally.operations for each, tally in file.totals.items()})
-    return Row("write and sync, 8 MiB, one by one", "Python", seconds, size, -(-size // CHUNK), cpu_seconds, outcome)
+    return Row("write 8 MiB, sync", "File.write", seconds, size, -(-size // CHUNK), cpu_seconds, outcome)
 
 
 def read_batch(path: Path, size: int) -> Row:
@@ -187,12 +199,12 @@ def read_batch(path: Path, size: int) -> Row:
         start, cpu_start = time.perf_counter(), time.process_time()
         while time.perf_counter() - start < RUNTIME_SECONDS:
             offsets = generator.integers(0, max(1, size // length), count) * length
-            file.read_batch(offsets, length, out)
+            file.read_batch(offsets, length, out, depth=READINGS[1][3])
             operations += count
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         outcome = shown_outcomes({str(each): tally.operations for each, tally in file.totals.items()})
-    name = "random read, 4 KiB, read_batch"
-    return Row(name, "Python", seconds, operations * length, operations, cpu_seconds, outcome)
+    name = READINGS[1][0]
+    return Row(name, "File.read_batch", seconds, operations * length, operations, cpu_seconds, outcome)
 
 
 def bench(path: Path, work: str, rw: str, block: str, depth: int) -> Row:
@@ -206,12 +218,12 @@ def bench(path: Path, work: str, rw: str, block: str, depth: int) -> Row:
     operations = int(told["operations"])
     return Row(
         work,
-        f"odirect bench ({told['engine']})",
-        operations / told["iops"],
-        round(operations / told["iops"] * told["bytes_per_second"]),
+        "odirect bench",
+        told["seconds"],
+        told["bytes"],
         operations,
         told["cpu_us_per_op"] * operations / 1e6,
-        shown_outcomes(told["outcomes"]),
+        told_outcomes(told["outcomes"]),
     )
 
 
@@ -233,7 +245,7 @@ def fio(path: Path, size: int, work: str, rw: str, block: str, depth: int) -> Ro
         told = job["read"]
         cpu_seconds = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
         return Row(
-            work, f"fio ({engine})", told["runtime"] / 1000, told["io_bytes"], told["total_ios"], cpu_seconds, "direct"
+            work, f"fio {engine}", told["runtime"] / 1000, told["io_bytes"], told["total_ios"], cpu_seconds, "O_DIRECT"
         )
     return None
 
@@ -277,7 +289,7 @@ def copies(source: Path, target: Path, size: int) -> tuple[list[Row], list[str]]
         outcome = "buffered"
         seconds, cpu_seconds = ran.seconds, ran.cpu_seconds
         if command[0] == ODIRECT:
-            outcome = shown_outcomes(json.loads(ran.output).get("outcomes", {}))
+            outcome = told_outcomes(json.loads(ran.output)["write_outcomes"])
         else:
             synced = run("sync", str(target))
             seconds, cpu_seconds = seconds + synced.seconds, cpu_seconds + synced.cpu_seconds
@@ -292,11 +304,11 @@ def copies(source: Path, target: Path, size: int) -> tuple[list[Row], list[str]]
 
 def show(rows: list[Row], title: str) -> None:
     """Print the table."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("work")
-    table.add_column("by")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("work", no_wrap=True)
+    table.add_column("by", no_wrap=True)
     for heading in ("throughput", "ops/s", "CPU µs/op", "CPU s/GiB"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("outcome")
     previous = rows[0].work
     for row in rows:
@@ -336,6 +348,7 @@ def demonstrate(size: int) -> None:
             if beside is not None:
                 rows.append(beside)
         rows.append(read_batch(source, size))
+        notes.append("× is how many were in flight at once; CPU is user and system time of all threads.")
         if not shutil.which("fio"):
             notes.append("fio is not installed (Debian package fio); its rows are missing.")
         console.print()

@@ -26,8 +26,8 @@ from odirect.dio import batch
 from odirect.dio.bounce import Moved
 from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS, Here, here
 from odirect.dio.opening import Opened, Path, open_file
-from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tally
-from odirect.dio.plainfile import PlainFile
+from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
+from odirect.dio.plainfile import NO_END, FileState, PlainFile
 from odirect.dio.requests import Request, Requests
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
 from odirect.ring.choose import open_ring
@@ -83,6 +83,43 @@ def open(
     return File(opened, access, flags)
 
 
+def expected_outcome(state: FileState, op: int, flags: int) -> Outcome:
+    """The outcome of a transfer that the kernel takes as it is."""
+    promise = Promise.NONE
+    if op == WRITE:
+        promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
+    reason = state.cached.get(op)
+    if reason is None:
+        return Outcome(Kind.DIRECT, Reason.NONE, promise)
+    return Outcome(Kind.BUFFERED, reason, promise)
+
+
+def truncate_file(fd: int, size: int, path: object) -> int:
+    """The new size of the file, `size`. Raises ValueError if it is negative, and the kernel's answer."""
+    if size < 0:
+        raise ValueError(f"a file cannot have {size} bytes")
+    try:
+        os.ftruncate(fd, size)
+    except (OSError, OverflowError) as error:
+        number = getattr(error, "errno", errno.EFBIG) or errno.EIO
+        raise from_errno(number, f"truncating to {size} bytes", path) from error
+    return size
+
+
+def change_space(opened: Opened, offset: int, length: int, *, punch: bool, zero: bool, keep_size: bool) -> None:
+    """What `File.fallocate` does to a regular file, and refuses of any."""
+    if offset < 0 or length <= 0 or offset + length > NO_END:
+        raise ValueError(f"{length} bytes at {offset} is not a range")
+    if punch and zero:
+        raise ValueError("punch and zero exclude each other")
+    if opened.state.is_block:
+        raise UnsupportedError("a block device has all its space already", path=opened.state.path)
+    mode = _PUNCH_HOLE | _KEEP_SIZE if punch else (_ZERO_RANGE if zero else 0) | (_KEEP_SIZE if keep_size else 0)
+    answer = fallocate(opened.cached_fd, mode, offset, length)
+    if answer < 0:
+        raise from_errno(-answer, f"fallocate of {length} bytes at {offset}", opened.state.path)
+
+
 class File(io.RawIOBase):
     """An open plain file or block device; works wherever a raw binary file does.
 
@@ -112,13 +149,12 @@ class File(io.RawIOBase):
         self._simple_limits = limits
         self._position = 0
         self._position_lock = threading.RLock()
-        self._counts: dict[Outcome, list[int]] = {}
-        self._last: Outcome | None = None
+        self._tallies = Tallies()
         self._local = threading.local()
         self._submission: _Submission | None = None
         self._find_size()
-        self._read_outcome = self._expected(READ)
-        self._write_outcome = self._expected(WRITE)
+        self._read_outcome = expected_outcome(self._state, READ, flags)
+        self._write_outcome = expected_outcome(self._state, WRITE, flags)
         if opened.appends:
             self._position = self._simple.size_hint
 
@@ -158,12 +194,12 @@ class File(io.RawIOBase):
     @property
     def last_outcome(self) -> Outcome | None:
         """How the last request went, of whichever thread; None before the first."""
-        return self._last
+        return self._tallies.last
 
     @property
     def totals(self) -> dict[Outcome, Tally]:
         """Operations and bytes for each outcome that there was."""
-        return {outcome: Tally(*counts) for outcome, counts in self._counts.items()}
+        return self._tallies.totals()
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
@@ -180,7 +216,7 @@ class File(io.RawIOBase):
         count = self._simple.pread(buffer, offset, self._read_rwf)
         if count > 0:
             if count == len(buffer) if type(buffer) is memoryview else count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
-                self._count(self._read_outcome, count)
+                self._tallies.add(self._read_outcome, count)
                 return count
         return self._general(READ, [as_bytes_view(buffer, writable=True)], offset)
 
@@ -205,7 +241,7 @@ class File(io.RawIOBase):
                 end = offset + count
                 if end > self._simple.size_hint:
                     self._simple.size_hint = end
-                self._count(self._write_outcome, count)
+                self._tallies.add(self._write_outcome, count)
                 return count
             if count < 0 and count != NOT_SIMPLE and self._flags & FUA and -count not in (errno.EINVAL, errno.EAGAIN):
                 raise self._failed_durable_write(-count, offset)
@@ -294,14 +330,7 @@ class File(io.RawIOBase):
     def truncate(self, size: int | None = None, /) -> int:
         """Make the file `size` bytes long (default: up to the position); the new size."""
         self._check_writable()
-        if size is None:
-            size = self._position
-        if size < 0:
-            raise ValueError(f"a file cannot have {size} bytes")
-        try:
-            os.ftruncate(self._opened.cached_fd, size)
-        except OSError as error:
-            raise from_errno(error.errno or errno.EIO, f"truncating to {size} bytes", self.name) from error
+        size = truncate_file(self._opened.cached_fd, self._position if size is None else size, self.name)
         self._simple.size_hint = size
         return size
 
@@ -315,19 +344,10 @@ class File(io.RawIOBase):
         device cannot, NoSpaceError.
         """
         self._check_writable()
-        if offset < 0 or length <= 0:
-            raise ValueError(f"{length} bytes at {offset} is not a range")
-        if punch and zero:
-            raise ValueError("punch and zero exclude each other")
-        if self._state.is_block:
-            if not (punch or zero):
-                raise UnsupportedError("a block device has all its space already", path=self.name)
+        if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
             self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
             return
-        mode = _PUNCH_HOLE | _KEEP_SIZE if punch else (_ZERO_RANGE if zero else 0) | (_KEEP_SIZE if keep_size else 0)
-        answer = fallocate(self._opened.cached_fd, mode, offset, length)
-        if answer < 0:
-            raise from_errno(-answer, f"fallocate of {length} bytes at {offset}", self.name)
+        change_space(self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size)
         self._find_size()
 
     def sync(self, *, data_only: bool = False) -> None:
@@ -398,38 +418,16 @@ class File(io.RawIOBase):
             raise ClosedError("the file is closed", path=self.name)
 
     def _check_writable(self) -> None:
-        self._check_open()
-        if not self._opened.writable:
-            raise io.UnsupportedOperation("the file was not opened for writing")
+        self._check_usable(WRITE)
 
     def _check_usable(self, op: int) -> None:
         self._check_open()
-        if not (self._opened.readable if op == READ else self._opened.writable):
-            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+        self._opened.check_usable(op)
 
     def _find_size(self) -> int:
         size = file_bytes(self._opened.cached_fd)
         self._simple.size_hint = size
         return size
-
-    def _expected(self, op: int) -> Outcome:
-        """The outcome of a request that goes the simple way."""
-        promise = Promise.NONE
-        if op == WRITE:
-            promise = Promise.DURABLE if self._flags & FUA else Promise.DEVICE
-        reason = self._state.cached.get(op)
-        if reason is None:
-            return Outcome(Kind.DIRECT, Reason.NONE, promise)
-        return Outcome(Kind.BUFFERED, reason, promise)
-
-    def _count(self, outcome: Outcome, count: int, operations: int = 1) -> None:
-        self._last = outcome
-        try:
-            tally = self._counts[outcome]
-        except KeyError:
-            tally = self._counts.setdefault(outcome, [0, 0])
-        tally[0] += operations
-        tally[1] += count
 
     def _plain(self, place: Here) -> tuple[PlainFile, CachedFileDevice]:
         """This thread's way through `dio.plainfile`."""
@@ -478,7 +476,7 @@ class File(io.RawIOBase):
     def _general(self, op: int, segments: list[memoryview], offset: int) -> int:
         """Any request, by `dio.plainfile`."""
         moved = self._moved(op, segments, offset)
-        self._count(moved.outcome, moved.transferred)
+        self._tallies.add(moved.outcome, moved.transferred)
         return moved.transferred
 
     def _moved(self, op: int, segments: list[memoryview], offset: int) -> Moved:
@@ -545,7 +543,7 @@ class File(io.RawIOBase):
             )
             whole = int((answers == length).sum())
             if whole:
-                self._count(expected, whole * length, whole)
+                self._tallies.add(expected, whole * length, whole)
 
     def _batch_generally(
         self,
@@ -584,7 +582,7 @@ class File(io.RawIOBase):
         for element, outcome in outcomes.items():
             if isinstance(outcome, Moved):
                 results[element] = outcome.transferred
-                self._count(outcome.outcome, outcome.transferred)
+                self._tallies.add(outcome.outcome, outcome.transferred)
             else:
                 failed[element] = outcome
         if failed:
@@ -627,7 +625,8 @@ class _Submission:
             self._scheduler,
             opened.cached_fd,
             file._flags,
-            {READ: file._read_outcome, WRITE: file._write_outcome},
+            (file._read_outcome, file._write_outcome),
+            self._done,
         )
         self._finished: collections.deque[Request] = collections.deque()
 
@@ -637,7 +636,7 @@ class _Submission:
         if number is None:
             raise ValueError(f"operation {op!r}: use 'read' or 'write'")
         self._file._check_usable(number)
-        return self._requests.start(number, offset, buffer, tag, self._done)
+        return self._requests.start(number, offset, buffer, tag)
 
     def completions(self) -> Iterator[Request]:
         """See `File.completions`."""
@@ -671,5 +670,5 @@ class _Submission:
     def _done(self, request: Request) -> None:
         outcome = request.outcome
         if outcome is not None:
-            self._file._count(outcome, request.transferred)
+            self._file._tallies.add(outcome, request.transferred)
         self._finished.append(request)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.loops import loop_device, made_image, mounted
 
 from odirect.base.errors import ClosedError, CorruptionError, UnsupportedError
 from odirect.block import fiemap
 from odirect.block.fiemap import ExtentFlag, FileExtent, file_extents
 from odirect.ring._calls import fallocate
-from tests.loops import loop_device, made_image, mounted
 
 BLOCK = 4096
 PUNCH_HOLE_KEEP_SIZE = 0x03
@@ -35,9 +35,11 @@ def opened(path: Path | str, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[in
 @pytest.fixture(params=["ext4", "xfs"])
 def home(request: pytest.FixtureRequest, scratch: Path) -> Iterator[Path]:
     options = ["-b", "4096"] if request.param == "ext4" else []
-    with made_image(request.param, 320 << 20, directory=scratch, mkfs=options) as image:
-        with mounted(image, request.param) as point:
-            yield point
+    with (
+        made_image(request.param, 320 << 20, directory=scratch, mkfs=options) as image,
+        mounted(image, request.param) as point,
+    ):
+        yield point
 
 
 def covered(extents: list[FileExtent]) -> list[tuple[int, int]]:
@@ -108,6 +110,7 @@ def test_many_extents_come_in_batches(home: Path) -> None:
     """Twice as many as one batch holds, and a limit that cuts inside the second."""
     pieces = 2 * fiemap._BATCH + 7
     with opened(home / "file") as fd:
+        os.ftruncate(fd, 2 * pieces * BLOCK)  # else XFS preallocates behind the end, and joins the pieces
         for piece in range(pieces):
             os.pwrite(fd, b"x" * BLOCK, 2 * piece * BLOCK)
         extents = file_extents(fd, sync=True)
@@ -118,13 +121,17 @@ def test_many_extents_come_in_batches(home: Path) -> None:
 
 def test_reflinked_blocks_are_shared(scratch: Path) -> None:
     """C01: XFS says which blocks a direct write must not change; the rest of the file is its own."""
-    with made_image("xfs", directory=scratch, mkfs=["-m", "reflink=1"]) as image, mounted(image, "xfs") as home:
-        with opened(home / "one") as one, opened(home / "two") as two:
-            os.write(one, os.urandom(16 * BLOCK))
-            os.fsync(one)
-            fcntl.ioctl(two, FICLONE, one)
-            os.pwrite(one, os.urandom(4 * BLOCK), 4 * BLOCK)
-            of_one, of_two = file_extents(one, sync=True), file_extents(two, sync=True)
+    with (
+        made_image("xfs", directory=scratch, mkfs=["-m", "reflink=1"]) as image,
+        mounted(image, "xfs") as home,
+        opened(home / "one") as one,
+        opened(home / "two") as two,
+    ):
+        os.write(one, os.urandom(16 * BLOCK))
+        os.fsync(one)
+        fcntl.ioctl(two, FICLONE, one)
+        os.pwrite(one, os.urandom(4 * BLOCK), 4 * BLOCK)
+        of_one, of_two = file_extents(one, sync=True), file_extents(two, sync=True)
     shared = covered([extent for extent in of_one if extent.flags & ExtentFlag.SHARED])
     assert shared == [(0, 4 * BLOCK), (8 * BLOCK, 16 * BLOCK)]
     assert of_one[0].addr == of_two[0].addr
@@ -147,25 +154,30 @@ def test_btrfs_compressed_and_inline_extents(scratch: Path) -> None:
 
 
 def test_a_block_device_is_one_extent(scratch: Path) -> None:
-    with made_image(None, 8 << 20, directory=scratch) as image, loop_device(image) as device:
-        with opened(device, os.O_RDONLY) as fd:
-            os.lseek(fd, 5, os.SEEK_SET)
-            assert file_extents(fd) == [FileExtent(0, 0, 8 << 20, ExtentFlag.LAST)]
-            assert os.lseek(fd, 0, os.SEEK_CUR) == 5
+    with (
+        made_image(None, 8 << 20, directory=scratch) as image,
+        loop_device(image) as device,
+        opened(device, os.O_RDONLY) as fd,
+    ):
+        os.lseek(fd, 5, os.SEEK_SET)
+        assert file_extents(fd) == [FileExtent(0, 0, 8 << 20, ExtentFlag.LAST)]
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 5
 
 
 def test_a_file_system_without_fiemap_says_so() -> None:
-    with mounted("odirect-test", "tmpfs", "size=1m") as home, opened(home / "file") as fd:
-        with pytest.raises(UnsupportedError, match="FIEMAP"):
-            file_extents(fd)
+    with (
+        mounted("odirect-test", "tmpfs", "size=1m") as home,
+        opened(home / "file") as fd,
+        pytest.raises(UnsupportedError, match="FIEMAP"),
+    ):
+        file_extents(fd)
 
 
 def test_a_descriptor_that_is_closed_is_an_odirect_error(scratch: Path) -> None:
     with opened(scratch / "file") as fd:
         pass
-    with pytest.raises((ClosedError, OSError)) as failed:
+    with pytest.raises(ClosedError):
         file_extents(fd)
-    assert failed.value.errno == 9
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, *extents: tuple[int, int, int, int], mapped: int | None = None) -> None:
@@ -178,7 +190,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, *extents: tuple[int, int, int, in
             struct.pack_into("=QQQ16xI12x", buffer, 32 + 56 * index, offset, addr, length, flags)
         return 0
 
-    monkeypatch.setattr(fiemap.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import collections
+import errno
 import mmap
 from collections.abc import Sequence
 from types import TracebackType
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from odirect.sched.scheduler import Task
 
 _HUGE_PAGE = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 # Exporters whose memory cannot vanish under a plain copy; a mapping of a file can (F23).
 _OWN_MEMORY = (bytes, bytearray, array.array)
 
@@ -33,7 +35,9 @@ class _AnonymousMemory(mmap.mmap):
 def empty(length: int, *, huge: bool = False) -> memoryview:
     """`length` bytes of page-aligned, writable, zeroed memory, as a memoryview of bytes.
 
-    The memory is anonymous, is not inherited by fork (F24), and is freed with the last view of it.
+    The memory is anonymous and really there (where the kernel can: some file systems serve reads into
+    memory that nobody has touched from their cache), is not inherited by fork (F24), and is freed
+    with the last view of it.
     huge: ask for huge pages, which a large buffer is pinned faster with. Use `numpy.frombuffer` for
     an array over it. Raises ValueError for a negative length, MemoryError when there is none.
     """
@@ -47,6 +51,11 @@ def empty(length: int, *, huge: bool = False) -> memoryview:
     area.madvise(mmap.MADV_DONTFORK)
     if unit == _HUGE_PAGE:
         area.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        area.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"no memory for a buffer of {length} bytes") from error
     return memoryview(area)[:length]
 
 

@@ -74,8 +74,11 @@ def file_extents(fd: int, *, sync: bool = False, limit: int | None = None) -> li
     Raises UnsupportedError where the file system does not tell, CorruptionError where its answer is
     not in order (it would have us ask for ever, or believe in two places for one byte).
     """
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
-        size = _device_bytes(fd)
+    try:
+        size = _device_bytes(fd) if stat.S_ISBLK(os.fstat(fd).st_mode) else None
+    except OSError as error:
+        raise from_errno(error.errno or errno.EIO, "asking for the file's extents", _shown(fd)) from None
+    if size is not None:
         return [FileExtent(0, 0, size, ExtentFlag.LAST)] if size else []
     found: list[FileExtent] = []
     start = 0

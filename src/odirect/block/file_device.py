@@ -37,6 +37,11 @@ _RWF = {
 }
 
 
+def transfer_flags(flags: int) -> int:
+    """The kernel's RWF_* flags of a transfer for a bio's flags."""
+    return _RWF[flags & 63]
+
+
 def file_bytes(fd: int) -> int:
     """The size of the file or block device that `fd` is open on, in bytes."""
     status = os.fstat(fd)
@@ -57,7 +62,7 @@ class FileDevice:
         self.limits = limits
         self.fd = fd
         self._registered = register
-        self._handle = queue.ring.add_file(fd) if register else fd
+        self.handle = queue.ring.add_file(fd) if register else fd
         self._is_block = stat.S_ISBLK(os.fstat(fd).st_mode)
         self._polls = limits.poll
         self._closed = False
@@ -78,20 +83,20 @@ class FileDevice:
         op = bio.op
         if op <= WRITE:
             if not flags:
-                self.queue.submit(op, self._handle, bio, 0)
+                self.queue.submit(op, self.handle, bio, 0)
             elif flags & PREFLUSH and op == WRITE:
                 self._submit_after_flush(bio)
             elif flags & HIPRI:
                 self._submit_polled(bio)
             else:
-                self.queue.submit(op, self._handle, bio, _RWF[flags & 63])
+                self.queue.submit(op, self.handle, bio, _RWF[flags & 63])
         elif op == FLUSH:
-            self.queue.submit(FSYNC, self._handle, bio, 0 if flags & META else DATA_ONLY)
+            self.queue.submit(FSYNC, self.handle, bio, 0 if flags & META else DATA_ONLY)
         elif op == DISCARD and self._is_block:
             step = Step(bio, lambda result: self._discarded(bio, result))
-            self.queue.submit_step(DISCARD, self._handle, step, 0)
+            self.queue.submit_step(DISCARD, self.handle, step, 0)
         else:
-            self.queue.submit(op, self._handle, bio, 0)
+            self.queue.submit(op, self.handle, bio, 0)
 
     def commit(self) -> None:
         """Hand over everything queued."""
@@ -110,7 +115,7 @@ class FileDevice:
         if not self._closed:
             self._closed = True
             if self._registered:
-                self.queue.ring.remove_file(self._handle)
+                self.queue.ring.remove_file(self.handle)
 
     def _submit_after_flush(self, bio: Bio) -> None:
         """PREFLUSH: what was completed before is made durable, then the bio is written."""
@@ -122,7 +127,7 @@ class FileDevice:
             self.submit(bio)
             return None
 
-        self.queue.submit_step(FSYNC, self._handle, Step(bio, flushed), DATA_ONLY, data=False)
+        self.queue.submit_step(FSYNC, self.handle, Step(bio, flushed), DATA_ONLY, data=False)
 
     def _submit_polled(self, bio: Bio) -> None:
         flags = _RWF[bio.flags & 63]
@@ -133,12 +138,12 @@ class FileDevice:
                     return result
                 # It does not poll after all; from now on this flag is the harmless hint (B06).
                 self._polls = False
-                self.queue.submit(bio.op, self._handle, bio, flags & ~RWF_HIPRI)
+                self.queue.submit(bio.op, self.handle, bio, flags & ~RWF_HIPRI)
                 return None
 
             if self.queue.submit_polled(bio.op, self.fd, Step(bio, finished), flags & ~RWF_HIPRI):
                 return
-        self.queue.submit(bio.op, self._handle, bio, flags & ~RWF_HIPRI)
+        self.queue.submit(bio.op, self.handle, bio, flags & ~RWF_HIPRI)
 
     def _discarded(self, bio: Bio, result: int) -> int:
         if result not in (-errno.EOPNOTSUPP, -errno.EINVAL):

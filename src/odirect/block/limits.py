@@ -40,7 +40,7 @@ _BLKPBSZGET = 0x127B
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 _PUNCHING_FILE_SYSTEMS = frozenset({"btrfs", "tmpfs", "ext4", "xfs", "f2fs", "bcachefs", "ocfs2", "gfs2"})
 
-# An assumption, and labelled as one: no file system in use has smaller sectors than it can do with.
+# Where nobody says anything (a network file system, no /sys): an assumption, labelled "default".
 _ASSUMED_BLOCK = 4096
 
 _MAX_BIO_BYTES = 8 * MIB

@@ -97,6 +97,11 @@ class MemoryDevice:
             finished.append(bio)
         return finished
 
+    @property
+    def in_flight(self) -> int:
+        """Bios submitted that `poll` has not yet returned."""
+        return len(self._queued) + len(self._committed)
+
     def wakeup_fd(self) -> int | None:
         """An eventfd, made on first use; None after `close`."""
         if self._event < 0 and not self._closed:

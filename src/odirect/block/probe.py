@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from odirect.base.units import align_down
+from odirect.base.units import align_down, align_up
 from odirect.block.support import DirectSupport
 from odirect.ring._calls import address_of, cachestat
 
@@ -69,9 +69,14 @@ def _unknown(why: str) -> Probed:
 def _probe_open(fd: int, size: int) -> Probed:
     # Read-ahead would bring in, and evict, more than what is asked for.
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    start, judged = _quiet_start(fd, size)
+    place = _place(fd, size)
+    if place is None:
+        return _unknown("it has no data where a read would reach the device")
+    start, end, judged = place
     with mmap.mmap(-1, 4 * _LARGEST_PROBED) as memory, memoryview(memory) as view:
         base = -address_of(memory) % _LARGEST_PROBED
+        # btrfs serves a read into pages that were never touched from its cache.
+        view[:] = bytes(len(view))
 
         def is_direct(offset: int, length: int, shift: int) -> bool:
             """Whether this read is taken, and not served from the cache as far as we can see."""
@@ -90,21 +95,24 @@ def _probe_open(fd: int, size: int) -> Probed:
 
         def by_offset(unit: int) -> bool:
             # An odd multiple of the unit, so that no larger alignment is met by chance; reads start
-            # inside the file, since at its end some file systems answer 0 without looking.
-            return is_direct(start + unit if start + unit < size else start, unit, 0)
+            # inside the data, since elsewhere file systems answer without looking.
+            return is_direct(start + unit if start + unit < end else start, unit, 0)
 
         if not is_direct(start, _LARGEST_PROBED, 0):
             refused = f"reads aligned to {_LARGEST_PROBED} bytes are refused or served from the page cache"
             return Probed(0, 0, DirectSupport(False, False, refused), refused)
         offset_align = _smallest(by_offset, _SMALLEST_OFFSET_PROBED)
-        length = max(offset_align, _SMALLEST_OFFSET_PROBED)
-        memory_align = _smallest(lambda unit: is_direct(start, length, unit), _SMALLEST_MEMORY_PROBED)
+        memory_align = offset_align
+        # Linux 6.18 lets a read within one page pass unchecked, so it takes more data to see what
+        # memory must be; what offsets must be is enough for it on every kernel.
+        if end - start >= _LARGEST_PROBED:
+            memory_align = _smallest(lambda unit: is_direct(start, _LARGEST_PROBED, unit), _SMALLEST_MEMORY_PROBED)
     if offset_align == 1 and not judged:
         return _unknown("the kernel takes any alignment, and whether it is direct cannot be seen")
-    seen = "" if judged else ", and whether reads are served from the cache could not be seen"
-    return Probed(
-        offset_align, memory_align, DirectSupport(True, True, f"found by reading; writes not tried{seen}"), ""
-    )
+    why = "found by reading; writes not tried"
+    if not judged:
+        why += ", and whether reads are served from the cache could not be seen"
+    return Probed(offset_align, memory_align, DirectSupport(True, True, why), "")
 
 
 def _smallest(accepted: Callable[[int], bool], floor: int) -> int:
@@ -115,13 +123,27 @@ def _smallest(accepted: Callable[[int], bool], floor: int) -> int:
     return 1 if unit == floor and accepted(1) else unit
 
 
-def _quiet_start(fd: int, size: int) -> tuple[int, bool]:
-    """Where to probe, and whether the cache tells: it does where nothing of it is cached before."""
+def _place(fd: int, size: int) -> tuple[int, int, bool] | None:
+    """(start, end, judged) of a run of data to probe in, or None if no such run is found.
+
+    Holes will not do: nothing of them is asked of the device. `judged` says that the cache tells
+    what is direct, which it does where nothing of the probed part is cached before.
+    """
     step = 2 * _LARGEST_PROBED
-    for start in dict.fromkeys((0, align_down(size // 2, step), align_down(size - 1, step))):
+    second_best = None
+    for guess in (0, size // 2, size - 1):
+        try:
+            first = os.lseek(fd, align_down(guess, step), os.SEEK_DATA)
+            start = align_up(first, step)
+            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError:
+            continue  # no data behind this point, or the file system is unable to say
+        if start >= end:
+            continue
         if _cached_pages(fd, start) == 0:
-            return start, True
-    return 0, False
+            return start, end, True
+        second_best = second_best or (start, end, False)
+    return second_best
 
 
 def _cached_pages(fd: int, start: int) -> int | None:

@@ -7,24 +7,40 @@ scheduler polls the queue, not each device, so that one system call serves them 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 from odirect.block.bio import Bio
 from odirect.ring.contract import Ring
 
 
-class Step:
-    """One of several operations that a bio takes; `finish` looks at its result.
+class Tag(Protocol):
+    """What may be put on the ring besides bios: it is told the result, and takes it from there."""
 
-    `finish(result)` returns the bio's result (bytes or a negative errno), or None when it has
-    queued the next step.
+    def finish(self, result: int) -> Bio | None:
+        """The bio that this finishes, or None: there is none, or it has queued something more."""
+        ...
+
+
+class Step:
+    """One of several operations that a bio takes.
+
+    `judge(result)` returns the bio's result (bytes or a negative errno), or None when it has queued
+    the next step.
     """
 
-    __slots__ = ("bio", "finish")
+    __slots__ = ("_judge", "bio")
 
-    def __init__(self, bio: Bio, finish: Callable[[int], int | None]) -> None:
+    def __init__(self, bio: Bio, judge: Callable[[int], int | None]) -> None:
         self.bio = bio
-        self.finish = finish
+        self._judge = judge
+
+    def finish(self, result: int) -> Bio | None:
+        """See `Tag`."""
+        judged = self._judge(result)
+        if judged is None:
+            return None
+        _record(self.bio, judged)
+        return self.bio
 
 
 class RingQueue:
@@ -93,22 +109,21 @@ class RingQueue:
 
     def _settle(self, answers: list[tuple[object, int]]) -> list[Bio]:
         finished: list[Bio] = []
-        queued = False
         for tag, result in answers:
-            if type(tag) is Step:
-                bio = tag.bio
-                outcome = tag.finish(result)
-                if outcome is None:
-                    queued = True
-                    continue
-                result = outcome
+            if type(tag) is Bio:
+                _record(tag, result)
+                finished.append(tag)
             else:
-                bio = cast(Bio, tag)
-            if result < 0:
-                bio.error = -result
-            else:
-                bio.done_bytes = result
-            finished.append(bio)
-        if queued:
-            self.commit()
+                bio = cast(Tag, tag).finish(result)
+                if bio is not None:
+                    finished.append(bio)
+        if len(finished) < len(answers):
+            self.commit()  # A step of a bio may have queued the next one.
         return finished
+
+
+def _record(bio: Bio, result: int) -> None:
+    if result < 0:
+        bio.error = -result
+    else:
+        bio.done_bytes = result

@@ -9,7 +9,8 @@ Several file systems take O_DIRECT and serve it from the page cache:
     btrfs, compressed   from the cache                       from the cache
     ext4 data=journal, inline data, encryption, verity       statx says that there is no direct I/O
 
-btrfs demands its sector size of memory too, and says nothing in statx. Observed on Linux 6.18 with
+btrfs demands its sector size of memory too, and says nothing in statx; it also serves a read from the
+cache if the caller's memory has never been touched (a fresh mmap, an empty NumPy array). Observed on Linux 6.18 with
 cachestat(2); tests/block/test_limits.py holds it against the running kernel.
 Source: statx(2), btrfs(5), F50.
 """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
 import stat
 
-from odirect.base.errors import DirectoryError, NotDirectError, UnsupportedError, from_errno
+from odirect.base.errors import DirectoryError, NotDirectError, ODirectError, UnsupportedError, from_errno
 from odirect.block.bio import READ, WRITE
 from odirect.block.device import Limits
 from odirect.block.in_use import check_unused
@@ -44,6 +45,11 @@ class Opened:
     appends: bool
     mode: str
 
+    def check_usable(self, op: int) -> None:
+        """Raise io.UnsupportedOperation (an OSError and ValueError) if it was not opened for `op`."""
+        if not (self.readable if op == READ else self.writable):
+            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+
     def close(self) -> None:
         """Close the descriptors. Twice is harmless."""
         for fd in (self.direct_fd, self.cached_fd):
@@ -56,7 +62,8 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     """The file at `path`, opened in one of the modes of `open` ("b" may be left out).
 
     strict: raises NotDirectError where O_DIRECT is refused. A block device that is mounted or in
-    use is not opened for writing (InUseError) unless `overwrite_in_use`. Raises ValueError for a
+    use, or a file that a loop device or swap is on, is not opened for writing (InUseError) unless
+    `overwrite_in_use`. Raises ValueError for a
     mode that is none, UnsupportedError for a pipe, terminal or socket, DirectoryError, and the
     kernel's answers as PathErrors.
     """
@@ -78,10 +85,11 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     )
     try:
         _finish_opening(opened, flags, plain, strict=strict, overwrite_in_use=overwrite_in_use)
+    except ODirectError:
+        opened.close()
+        raise
     except OSError as error:
         opened.close()
-        if type(error).__module__ == "odirect.base.errors":
-            raise
         raise from_errno(error.errno or errno.EIO, "opening", shown) from error
     except BaseException:
         opened.close()
@@ -97,8 +105,8 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
     state.is_block = stat.S_ISBLK(status.st_mode)
     if not state.is_block and not stat.S_ISREG(status.st_mode):
         raise UnsupportedError("not a regular file or block device; direct I/O has no meaning here", path=state.path)
-    if state.is_block and opened.writable and not overwrite_in_use:
-        check_unused(os.fspath(f"/proc/self/fd/{opened.cached_fd}"), what="write to")
+    if opened.writable and not overwrite_in_use:
+        check_unused(opened.cached_fd, what="write to")
     again = flags & ~(os.O_CREAT | os.O_EXCL) | os.O_DIRECT
     refusal = ""
     try:

@@ -86,3 +86,32 @@ class Tally(NamedTuple):
 
     operations: int
     bytes: int
+
+
+class Tallies:
+    """How many operations and bytes had which outcome; one for each open file."""
+
+    __slots__ = ("_counts", "_latest")
+
+    def __init__(self) -> None:
+        self._counts: dict[Outcome, list[int]] = {}
+        self._latest: tuple[Outcome, list[int]] | None = None
+
+    def add(self, outcome: Outcome, count: int, operations: int = 1) -> None:
+        """Count `operations` that moved `count` bytes. From several threads, now and then one is lost."""
+        latest = self._latest
+        # Most operations go like the one before, and looking an outcome up costs more than the rest.
+        if latest is None or latest[0] is not outcome:
+            latest = self._latest = (outcome, self._counts.setdefault(outcome, [0, 0]))
+        tally = latest[1]
+        tally[0] += operations
+        tally[1] += count
+
+    @property
+    def last(self) -> Outcome | None:
+        """The outcome that was counted last."""
+        return None if self._latest is None else self._latest[0]
+
+    def totals(self) -> dict[Outcome, Tally]:
+        """Operations and bytes for each outcome that there was."""
+        return {outcome: Tally(*counts) for outcome, counts in self._counts.items()}

@@ -1,7 +1,8 @@
 """Requests that are started now and finish later: what `submit` and asyncio are made of (B07).
 
-An aligned transfer inside the file is one bio, which is the request itself; any other, and one that
-did not go through whole, becomes a task that goes through `dio.plainfile`.
+An aligned transfer inside the file is one operation on the ring, with the request itself as its tag:
+nothing else is made for it. Any other, and one that did not go through whole, becomes a task that
+goes through `dio.plainfile`.
 """
 
 from __future__ import annotations
@@ -10,77 +11,81 @@ import errno
 from collections.abc import Callable
 
 from odirect.base.errors import ODirectError, from_errno
-from odirect.block.bio import ATOMIC, FUA, NOWAIT, READ, WRITE, Bio
+from odirect.block.bio import ATOMIC, FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view
 from odirect.block.device import Limits
-from odirect.block.file_device import FileDevice, file_bytes
+from odirect.block.file_device import FileDevice, file_bytes, transfer_flags
 from odirect.dio.outcome import Outcome
 from odirect.dio.plainfile import FileState, PlainFile
-from odirect.ring._calls import span
+from odirect.ring._calls import DirectHandle
 from odirect.sched.scheduler import Scheduler
 
-_NAMES = {READ: "reading", WRITE: "writing"}
+_VERB = {READ: "reading", WRITE: "writing"}
+# What the general way does better than an error: resume, tighten the alignment, fall back, ask again.
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+_TRANSIENT = (errno.EAGAIN, errno.EINTR)
 
 
-class Request(Bio):
+class Request:
     """One transfer that was started.
 
-    op, addr (the file's byte), length and tag are as they were given. Once it is done, `transferred`
-    and `outcome` say how it went, or `exception` why it failed; `result()` gives the one or raises
-    the other.
+    op (0 read, 1 write), offset, length, buffer and tag are as they were given; the buffer is the
+    device's until the request is done. Then `result()` gives the number of bytes, or raises the
+    error; `outcome` says which way it went (None if it failed).
     """
 
-    __slots__ = ("_notify", "exception", "outcome", "tag", "transferred")
+    __slots__ = ("_requests", "buffer", "exception", "length", "offset", "op", "outcome", "tag", "transferred")
 
-    def __init__(
-        self,
-        op: int,
-        offset: int,
-        segments: tuple[memoryview, ...],
-        length: int,
-        flags: int,
-        tag: object,
-        notify: Callable[[Request], None],
-    ) -> None:
+    transferred: int
+    outcome: Outcome | None
+    exception: BaseException | None
+
+    def __init__(self, requests: Requests, op: int, offset: int, length: int, buffer: object, tag: object) -> None:
+        self._requests = requests
         self.op = op
-        self.addr = offset
-        self.segments = segments
+        self.offset = offset
         self.length = length
-        self.flags = flags
-        self.error = 0
-        self.done_bytes = 0
-        self.private = None
-        self.state = None
+        self.buffer = buffer
         self.tag = tag
-        self.transferred = 0
-        self.outcome: Outcome | None = None
-        self.exception: BaseException | None = None
-        self._notify = notify
+
+    @property
+    def done(self) -> bool:
+        """Whether it has finished or failed."""
+        return hasattr(self, "transferred")
 
     def result(self) -> int:
         """The number of bytes; raises the error if it failed, RuntimeError if it is not done."""
+        if not self.done:
+            raise RuntimeError("the request is still in flight")
         if self.exception is not None:
             raise self.exception
-        if self.outcome is None:
-            raise RuntimeError("the request is still in flight")
         return self.transferred
 
-    def settle(self, transferred: int, outcome: Outcome) -> None:
-        """It is done."""
-        self.transferred = transferred
-        self.outcome = outcome
-        self._notify(self)
+    def finish(self, result: int) -> None:
+        """The ring's answer has come. For `RingQueue`."""
+        requests = self._requests
+        if result == self.length:
+            requests.pending -= 1
+            self.transferred = result
+            self.outcome = requests.expected[self.op]
+            self.exception = None
+            requests.notify(self)
+        else:
+            requests.go_on(self, result)
 
-    def fail(self, error: BaseException) -> None:
-        """It has failed."""
-        self.exception = error
-        self._notify(self)
+    def __repr__(self) -> str:
+        state = "in flight"
+        if self.done:
+            state = f"{self.transferred} bytes, {self.outcome}" if self.exception is None else repr(self.exception)
+        return f"<Request {_VERB[self.op]} {self.length} bytes at {self.offset}: {state}>"
 
 
 class Requests:
-    """Starts requests on one open file, on one scheduler.
+    """Starts requests on one open file, on one scheduler and ring.
 
-    expected: for READ and WRITE, the outcome of a transfer that goes as one bio.
+    device: the file past the page cache, None where that is refused; plain: for all that is not
+    simple; notify: called once with every request that is done; expected: for READ and WRITE, the
+    outcome of a transfer that the kernel takes as it is.
     """
 
     def __init__(
@@ -91,107 +96,105 @@ class Requests:
         scheduler: Scheduler,
         size_fd: int,
         flags: int,
-        expected: dict[int, Outcome],
+        expected: tuple[Outcome, Outcome],
+        notify: Callable[[Request], None],
     ) -> None:
+        self.expected = expected
+        self.notify = notify
+        #: Requests that are not done, and those of them that are tasks.
+        self.pending = 0
+        self.tasks = 0
         self._state = state
-        self._device = device
         self._plain = plain
         self._scheduler = scheduler
         self._size_fd = size_fd
-        self._expected = expected
-        self._flags = {READ: flags & ~(FUA | ATOMIC), WRITE: flags}
+        self._flags = (flags & ~(FUA | ATOMIC), flags)
+        # What atomic and polled transfers need, the general way knows.
+        simple = device is not None and not flags & ATOMIC and not (flags & HIPRI and state.limits.poll)
+        self._simple = DirectHandle(device.fd if simple and device is not None else -1, 1, 1, 1)
         self._limits: Limits | None = None
-        self._masks = {READ: 0, WRITE: 0}
-        self._memory_mask = 0
-        self._most = 0
-        self._size = file_bytes(size_fd)
-        self.pending = 0
-        self.slow_pending = 0
-
-    def start(self, op: int, offset: int, buffer: object, tag: object, notify: Callable[[Request], None]) -> Request:
-        """Start one transfer; `notify` is called once, with the request, when it is done (B07).
-
-        Raises ValueError for a negative offset or a buffer that cannot be used; nothing is started then.
-        """
-        address, length = span(buffer, op == READ)
-        flags = self._flags[op]
-        device = self._device
         if device is not None:
-            if self._limits is not self._state.limits:
-                self._adopt(self._state.limits)
-            if (
-                not ((offset | length) & self._masks[op] or address & self._memory_mask)
-                and 0 <= offset
-                and 0 < length <= self._most
-                and not flags & ATOMIC
-                and (offset + length <= self._size or self._grown(offset + length))
-                and op not in self._state.refused
-            ):
-                request = Request(op, offset, (buffer,), length, flags, tag, notify)  # type: ignore[arg-type]
-                request.end = self._ended
-                self.pending += 1
-                device.submit(request)
-                return request
+            self._queue = device.queue.ring.queue
+            self._handle = device.handle
+        self._rwf = tuple(transfer_flags(flags & ~HIPRI) for flags in self._flags)
+        self._adopt(state.limits)
+        self._simple.size_hint = file_bytes(size_fd)
+
+    def start(self, op: int, offset: int, buffer: object, tag: object) -> Request:
+        """Start one transfer and return at once; it is handed over with the ring's next commit (B07).
+
+        Raises ValueError for a negative offset or a buffer that cannot be used, TypeError for what
+        is no buffer; nothing is started then.
+        """
+        length = self._simple.fits(op, buffer, offset)
+        if length > 0 and self._limits is self._state.limits:
+            request = Request(self, op, offset, length, buffer, tag)
+            self._queue(op, self._handle, (buffer,), offset, length, self._rwf[op], request)
+            self.pending += 1
+            return request
+        return self._start_general(op, offset, buffer, tag)
+
+    def go_on(self, request: Request, result: int) -> None:
+        """Finish, or fail, a request that the kernel did not do whole."""
+        error = max(0, -result)
+        waits = not self._flags[request.op] & NOWAIT
+        if not error or error in _REFUSED or (error in _TRANSIENT and waits):
+            self._spawn(request)
+            return
+        failure = from_errno(
+            error, f"{_VERB[request.op]} {request.length} bytes at {request.offset}", self._state.path
+        )
+        if request.op == WRITE and self._flags[WRITE] & FUA and self._state.failed_sync is None:
+            self._state.failed_sync = str(failure)
+        self._fail(request, failure)
+
+    def _start_general(self, op: int, offset: int, buffer: object, tag: object) -> Request:
+        limits = self._state.limits
+        size = file_bytes(self._size_fd)
+        if size != self._simple.size_hint or limits is not self._limits:
+            # The file has grown, or turned out to be choosier; now it may be simple after all.
+            self._simple.size_hint = size
+            self._adopt(limits)
+            if self._simple.fits(op, buffer, offset) > 0:
+                return self.start(op, offset, buffer, tag)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         view = as_bytes_view(buffer, writable=op == READ)
-        request = Request(op, offset, (view,) if length else (), length, flags, tag, notify)
+        request = Request(self, op, offset, len(view), view, tag)
         self.pending += 1
-        self._start_slow(request)
+        self._spawn(request)
         return request
 
     def _adopt(self, limits: Limits) -> None:
+        simple = self._simple
         self._limits = limits
-        self._masks = {READ: limits.read_align - 1, WRITE: limits.write_align - 1}
-        self._memory_mask = limits.memory_align - 1
-        self._most = limits.max_bio_bytes
+        simple.read_align, simple.write_align = limits.read_align, limits.write_align
+        simple.memory_align = limits.memory_align
 
-    def _grown(self, end: int) -> bool:
-        """Whether the file reaches to `end` by now: it may have grown since it was looked at."""
-        self._size = file_bytes(self._size_fd)
-        return end <= self._size
+    def _spawn(self, request: Request) -> None:
+        self.tasks += 1
+        self._scheduler.spawn(self._generally(request))
 
-    def _ended(self, bio: Bio) -> None:
-        """A bio that is a request has come back."""
-        request = bio
-        if not isinstance(request, Request):
-            raise TypeError(f"{bio!r} is not a request")
-        error = request.error
-        if request.done_bytes == request.length and not error:
-            self.pending -= 1
-            request.settle(request.length, self._expected[request.op])
-        elif (
-            not error
-            or error in (errno.EINVAL, errno.EOPNOTSUPP)
-            or (error in (errno.EAGAIN, errno.EINTR) and not request.flags & NOWAIT)
-        ):
-            # Short or refused: the general way resumes, tightens, or falls back.
-            self._start_slow(request)
-        else:
-            self.pending -= 1
-            failure = from_errno(
-                error, f"{_NAMES[request.op]} {request.length} bytes at {request.addr}", self._state.path
-            )
-            if request.op == WRITE and request.flags & FUA and self._state.failed_sync is None:
-                self._state.failed_sync = str(failure)
-            request.fail(failure)
-
-    def _start_slow(self, request: Request) -> None:
-        self.slow_pending += 1
-        self._scheduler.spawn(self._slow(request))
-
-    async def _slow(self, request: Request) -> None:
-        segments = [as_bytes_view(segment, writable=request.op == READ) for segment in request.segments]
+    async def _generally(self, request: Request) -> None:
         call = self._plain.read if request.op == READ else self._plain.write
         try:
-            moved = await call(request.addr, segments, request.length, request.flags)
+            view = as_bytes_view(request.buffer, writable=request.op == READ)
+            segments = [view] if request.length else []
+            moved = await call(request.offset, segments, request.length, self._flags[request.op])
         except BaseException as error:
             if isinstance(error, ODirectError) and error.filename is None:
                 error.filename = self._state.path
-            self.pending -= 1
-            self.slow_pending -= 1
-            request.fail(error)
+            self.tasks -= 1
+            self._fail(request, error)
         else:
+            if request.op in self._state.refused:
+                self._simple.fd = -1
+            self.tasks -= 1
             self.pending -= 1
-            self.slow_pending -= 1
-            request.settle(moved.transferred, moved.outcome)
+            request.transferred, request.outcome, request.exception = moved.transferred, moved.outcome, None
+            self.notify(request)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self.pending -= 1
+        request.transferred, request.outcome, request.exception = 0, None, error
+        self.notify(request)

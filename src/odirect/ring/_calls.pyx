@@ -167,6 +167,40 @@ cdef class DirectHandle:
     def memory_align(self, value):
         self.memory_mask = mask_of(value)
 
+    def fits(self, bint writing, buffer, offset):
+        """The length in bytes of a transfer that is simple and ends before `size_hint`, else NOT_SIMPLE.
+
+        For those who hand it to a ring: nothing is transferred here. `writing` chooses the alignment
+        and whether the buffer may be read-only.
+        """
+        cdef Py_buffer view
+        cdef int overflow = 0
+        cdef int64_t place
+        try:
+            PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE if writing else PyBUF_WRITABLE)
+        except Exception:
+            return _not_simple
+        cdef Py_ssize_t length = view.len
+        cdef uintptr_t address = <uintptr_t>view.buf
+        PyBuffer_Release(&view)
+        try:
+            place = PyLong_AsLongLongAndOverflow(offset, &overflow)
+        except Exception:
+            return _not_simple
+        if (
+            overflow
+            or place < 0
+            or length <= 0
+            or length > LONGEST
+            or (<uint64_t>place | <uint64_t>length) & (self.write_mask if writing else self.read_mask)
+            or address & self.memory_mask
+            or length > self.size_hint
+            or place > self.size_hint - length
+            or self.fd < 0
+        ):
+            return _not_simple
+        return length
+
     def pread(self, buffer, offset, int flags=0):
         """Bytes read into all of `buffer` from `offset`, or a negative errno, or NOT_SIMPLE with nothing done.
 

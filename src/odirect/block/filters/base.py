@@ -60,6 +60,11 @@ class Filter:
         """Finished bios."""
         return self.lower.poll(timeout_ns)
 
+    @property
+    def in_flight(self) -> int:
+        """The lower device's, strangers' bios included."""
+        return self.lower.in_flight
+
     def wakeup_fd(self) -> int | None:
         """The lower device's."""
         return self.lower.wakeup_fd()
@@ -80,7 +85,7 @@ class ActiveFilter(Filter):
     """A filter that finishes bios of its own accord or has children on the lower device.
 
     Subclasses override `submit`, `commit`, `_returned` (a bio that the lower device finished),
-    `_advance` (do what can be done by now) and `_pending` (whether waiting makes sense), and call
+    `_advance` (do what can be done by now) and `_kept` (how many bios they hold), and call
     `_finish` for what is to come out of `poll`. `_lock` guards their state: one thread may poll
     while another submits; the lower device is never waited for under it.
     """
@@ -102,17 +107,27 @@ class ActiveFilter(Filter):
             finished = self._take()
             if finished or timeout_ns == 0 or (waited and timeout_ns > 0):
                 return finished
-            if descriptor is None or not self._pending():
+            if descriptor is None or not self.is_busy:
                 # Nothing here can wake anybody up: the lower device knows best how to wait.
                 self._collect(self.lower.poll(timeout_ns))
                 finished = self._take()
-                if finished or timeout_ns > 0 or not self._pending():
+                if finished or timeout_ns > 0 or not self.is_busy:
                     return finished
             else:
                 poller = select.poll()
                 poller.register(descriptor, select.POLLIN)
                 poller.poll(None if timeout_ns < 0 else -(-timeout_ns // 1_000_000))
                 waited = True
+
+    @property
+    def in_flight(self) -> int:
+        """Bios that are here, and all on the lower device: children and strangers' too."""
+        return len(self._finished) + self._kept() + self.lower.in_flight
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a later `poll` may have more to return than what is finished already."""
+        return bool(self._kept() or self.lower.in_flight)
 
     def wakeup_fd(self) -> int | None:
         """A descriptor that is readable when this filter or the lower device has finished bios."""
@@ -142,7 +157,7 @@ class ActiveFilter(Filter):
             return
         self.commit()
         silent = 0
-        while self._pending() and silent < _PATIENCE:
+        while self.is_busy and silent < _PATIENCE:
             back = self.lower.poll(-1)
             self._collect(back)
             silent = 0 if back else silent + 1
@@ -167,9 +182,9 @@ class ActiveFilter(Filter):
     def _advance(self) -> None:
         """Do what can be done by now."""
 
-    def _pending(self) -> bool:
-        """Whether something of this filter's is still to come out."""
-        return False
+    def _kept(self) -> int:
+        """How many bios are here that are neither finished nor on the lower device."""
+        return 0
 
     def _finish(self, bio: Bio) -> None:
         """Let the next `poll` return `bio`."""

@@ -63,6 +63,11 @@ class Delay(Filter):
         return self._look()
 
     @property
+    def in_flight(self) -> int:
+        """What is held, and what is on the lower device."""
+        return len(self._held) + self.lower.in_flight
+
+    @property
     def next_due_ns(self) -> int | None:
         """When the next bio that the lower device has finished comes out; None if it has none."""
         return self._held[0][0] if self._held else None

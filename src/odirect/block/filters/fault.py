@@ -98,7 +98,6 @@ class Faults(ActiveFilter):
         self._rules: list[Rule] = []
         self._at_commit: list[Bio] = []
         self._failing: dict[Bio, _Step] = {}
-        self._passed: set[Bio] = set()
 
     def fail(
         self,
@@ -163,9 +162,7 @@ class Faults(ActiveFilter):
             index = self.submitted
             self.submitted += 1
             rule = next((rule for rule in self._rules if rule.matches(bio, index)), None)
-            if rule is None:
-                self._passed.add(bio)
-            else:
+            if rule is not None:
                 if rule.times is not None:
                     rule.times -= 1
                 self._begin(bio, index, rule)
@@ -236,7 +233,6 @@ class Faults(ActiveFilter):
     def _returned(self, bio: Bio) -> None:
         step = self._failing.pop(bio, None)
         if step is None:
-            self._passed.discard(bio)
             self._finish(bio)
             return
         parent = step.bio
@@ -273,5 +269,5 @@ class Faults(ActiveFilter):
         bio.done_bytes = 0 if step.errno else moved
         self.injected.append(Injected(step.index, Op(bio.op), bio.addr, bio.length, step.errno, moved))
 
-    def _pending(self) -> bool:
-        return bool(self._passed or self._failing or self._at_commit)
+    def _kept(self) -> int:
+        return len(self._at_commit)

@@ -95,6 +95,11 @@ class LogWrites(Filter):
             self._strays = []
         return finished
 
+    @property
+    def in_flight(self) -> int:
+        """The lower device's, and what came back of others while the base was read."""
+        return len(self._strays) + self.lower.in_flight
+
     def mark(self, name: str) -> None:
         """Call the present end of the log `name`: `replay(marks[name])` is the device as of now."""
         self.marks[name] = len(self.records)

@@ -37,3 +37,6 @@ class ReadOnly(ActiveFilter):
             for bio in refused:
                 self._finish(bio)
         self.lower.commit()
+
+    def _kept(self) -> int:
+        return len(self._refused)

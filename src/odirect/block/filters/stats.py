@@ -24,7 +24,7 @@ class Stats(Filter):
     errors         failed bios by errno
     latency        by operation: how many bios took from 2**(i-1) up to but not 2**i nanoseconds
                    (bucket 0: no time at all), from submission until `poll` returned them
-    in_flight      submitted and not yet back; max_in_flight: the most that there ever were
+    max_in_flight  the most that were submitted here and not yet back
     commits        calls of `commit`
     """
 
@@ -43,11 +43,6 @@ class Stats(Filter):
         self.latency: dict[Op, collections.Counter[int]] = {op: collections.Counter() for op in Op}
         self.max_in_flight = len(self._since)
         self.commits = 0
-
-    @property
-    def in_flight(self) -> int:
-        """Bios submitted and not yet returned by `poll`."""
-        return len(self._since)
 
     def submit(self, bio: Bio) -> None:
         """Queue `bio`; its time starts now."""

@@ -435,8 +435,8 @@ class VolatileCache(ActiveFilter):
                 self._lay_over(parent, over)
             self._finish(parent)
 
-    def _pending(self) -> bool:
-        return bool(self._reads or self._jobs or self._child is not None)
+    def _kept(self) -> int:
+        return len(self._queued) + len(self._jobs)
 
     # Losing power.
 

@@ -1,0 +1,361 @@
+"""The same files for asyncio: many requests in flight, cancel-safe.
+
+    import asyncio, odirect
+
+    async def main():
+        async with odirect.aio.open("big.bin") as file:
+            buffers = [odirect.empty(4096) for _ in range(32)]
+            await asyncio.gather(*(file.preadinto(b, i * 4096) for i, b in enumerate(buffers)))
+
+All files of one loop share one ring, which that loop's thread enters, and one pump. A caller that is
+cancelled stops waiting; a transfer that the device has begun goes on, and keeps its buffer until it
+has come back. `close` waits for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+from odirect.base.errors import ClosedError, ODirectError, from_errno
+from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
+from odirect.block.buffers import BufferPool, as_bytes_view, empty
+from odirect.block.cached_file import CachedFileDevice
+from odirect.block.device import Limits
+from odirect.block.file_device import FileDevice, file_bytes
+from odirect.block.limits import file_limits
+from odirect.block.queue import RingQueue
+from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS
+from odirect.dio.opening import Opened, Path, open_file
+from odirect.dio.outcome import Outcome, Tallies, Tally
+from odirect.dio.plainfile import PlainFile
+from odirect.dio.requests import Request, Requests
+from odirect.files import Access, Buffer, change_space, expected_outcome, truncate_file
+from odirect.ring.choose import open_ring
+from odirect.sched.drive_asyncio import AsyncioDriver
+from odirect.sched.locks import Count
+from odirect.sched.scheduler import Scheduler
+from odirect.sched.traps import Event, shielded
+
+T = TypeVar("T")
+
+#: Operations that one loop gives to the kernel at once; more are held back in order.
+LOOP_DEPTH = 256
+# Threads of one file that do what only the page cache can.
+_CACHED_WORKERS = 4
+
+
+class _LoopPump:
+    """What all files of one loop share."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.driver = AsyncioDriver(loop)
+        self.queue = RingQueue(open_ring(LOOP_DEPTH), open_polled=lambda: open_ring(iopoll=True))
+        self.pool = BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS)
+        self.driver.watch(self.queue)
+        self.files = 0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.driver.scheduler
+
+    def close(self) -> None:
+        self.driver.unwatch(self.queue)
+        self.queue.close()
+
+
+_pumps: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopPump] = weakref.WeakKeyDictionary()
+
+
+class _Opening:
+    """What `open` gives: to be awaited, or used with `async with`."""
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, File]]) -> None:
+        self._make = make
+        self._file: File | None = None
+
+    def __await__(self) -> Generator[Any, None, File]:
+        return self._make().__await__()
+
+    async def __aenter__(self) -> File:
+        self._file = await self._make()
+        return self._file
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            await self._file.close()
+
+
+def open(
+    path: Path,
+    mode: str = "r",
+    *,
+    access: Access = "auto",
+    dsync: bool = False,
+    nowait: bool = False,
+    hipri: bool = False,
+    atomic: bool = False,
+    overwrite_in_use: bool = False,
+) -> _Opening:
+    """A `File`, when awaited or entered with `async with`. The arguments are those of `odirect.open`."""
+    if access not in ("auto", "strict"):
+        raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
+    flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0) | (ATOMIC if atomic else 0)
+
+    async def make() -> File:
+        loop = asyncio.get_running_loop()
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(open_file, path, mode, strict=access == "strict", overwrite_in_use=overwrite_in_use)
+        )
+        try:
+            opened = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # The thread goes on; what it opens is closed when it is done.
+            opening.add_done_callback(_close_opened)
+            raise
+        return File(opened, access, flags, loop)
+
+    return _Opening(make)
+
+
+def _close_opened(opening: asyncio.Future[Opened]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
+
+
+class File:
+    """An open plain file or block device of one event loop. Every transfer names its offset."""
+
+    def __init__(self, opened: Opened, access: Access, flags: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._opened = opened
+        self._state = opened.state
+        self._flags = flags
+        self._loop = loop
+        self.access: Access = access
+        self.mode = opened.mode
+        self.name = opened.state.path
+        self.closed = False
+        self._tallies = Tallies()
+        self._busy = Count()
+        self._closing: Event | None = None
+        pump = _pumps.get(loop)
+        if pump is None:
+            pump = _pumps[loop] = _LoopPump(loop)
+        self._pump = pump
+        pump.files += 1
+        self._device = None
+        if opened.direct_fd >= 0:
+            self._device = FileDevice(pump.queue, opened.direct_fd, self._state.limits)
+        self._cached = CachedFileDevice(opened.cached_fd, workers=_CACHED_WORKERS)
+        self._plain = PlainFile(
+            self._state,
+            self._device,
+            self._cached,
+            pump.pool,
+            strict=access == "strict",
+            ask_again=self._ask_again,
+        )
+        self._requests = Requests(
+            self._state,
+            self._device,
+            self._plain,
+            pump.scheduler,
+            opened.cached_fd,
+            flags,
+            (expected_outcome(self._state, READ, flags), expected_outcome(self._state, WRITE, flags)),
+            self._done,
+        )
+        self._may = [opened.readable, opened.writable]
+
+    def fileno(self) -> int:
+        """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
+        self._check_open()
+        return self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+
+    @property
+    def size(self) -> int:
+        """The present size in bytes."""
+        self._check_open()
+        return file_bytes(self._opened.cached_fd)
+
+    @property
+    def limits(self) -> Limits:
+        """Every alignment and limit as it is known by now, each with its source."""
+        return self._state.limits
+
+    @property
+    def last_outcome(self) -> Outcome | None:
+        """How the request that finished last went; None before the first."""
+        return self._tallies.last
+
+    @property
+    def totals(self) -> dict[Outcome, Tally]:
+        """Operations and bytes for each outcome that there was."""
+        return self._tallies.totals()
+
+    def preadinto(self, buffer: Buffer, offset: int) -> asyncio.Future[int]:
+        """Read into `buffer` from byte `offset`; await it for the number of bytes. As `odirect.File.preadinto`.
+
+        The transfer is started by the call, and handed over at the end of this turn of the loop.
+        """
+        return self._start(READ, offset, buffer)
+
+    async def pread(self, length: int, offset: int) -> bytes:
+        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
+        if length < 0:
+            raise ValueError(f"cannot read {length} bytes")
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        buffer = empty(max(0, min(length, self.size - offset)))
+        return bytes(buffer[: await self._start(READ, offset, buffer)])
+
+    def pwrite(self, buffer: Buffer, offset: int) -> asyncio.Future[int]:
+        """Write `buffer` at byte `offset`; await it for the number of bytes. As `odirect.File.pwrite`.
+
+        The transfer is started by the call, and handed over at the end of this turn of the loop.
+        """
+        return self._start(WRITE, offset, buffer)
+
+    async def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Read into the buffers in turn from byte `offset`; the number of bytes."""
+        return await self._vector(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
+
+    async def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Write the buffers in turn at byte `offset`; the number of bytes."""
+        return await self._vector(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
+
+    async def truncate(self, size: int) -> int:
+        """Make the file `size` bytes long; the new size."""
+        self._check_writable()
+        return await asyncio.to_thread(truncate_file, self._opened.cached_fd, size, self.name)
+
+    async def fallocate(
+        self, offset: int, length: int, *, punch: bool = False, zero: bool = False, keep_size: bool = False
+    ) -> None:
+        """Reserve, punch or zero a range. As `odirect.File.fallocate`."""
+        self._check_writable()
+        if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
+            await self._run(self._plain.change_range(DISCARD if punch else ZERO, offset, length))
+            return
+        await asyncio.to_thread(
+            change_space, self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size
+        )
+
+    async def sync(self, *, data_only: bool = False) -> None:
+        """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
+        self._check_open()
+        await self._run(self._plain.sync(data_only=data_only))
+
+    async def close(self) -> None:
+        """Wait for everything in flight, also of callers that were cancelled, and close. Twice is harmless."""
+        if self.closed:
+            return
+        self.closed = True
+        self._may = [False, False]
+        idle = asyncio.ensure_future(self._pump.driver.run(self._idle()))
+        try:
+            await asyncio.shield(idle)
+        except asyncio.CancelledError:
+            idle.add_done_callback(lambda _: self._release())
+            raise
+        self._release()
+
+    async def __aenter__(self) -> File:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _idle(self) -> None:
+        """Wait until no request is pending and no other call is under way."""
+        await self._busy.zero()
+        if self._requests.pending:
+            self._closing = Event()
+            await shielded(self._closing)
+
+    def _release(self) -> None:
+        pump = self._pump
+        pump.driver.unwatch(self._cached)
+        self._cached.close()
+        if self._device is not None:
+            self._device.close()
+        self._opened.close()
+        pump.files -= 1
+        if not pump.files:
+            # The last file takes the ring with it, so that nothing is left when the loop is closed.
+            _pumps.pop(self._loop, None)
+            pump.close()
+
+    def _start(self, op: int, offset: int, buffer: Buffer) -> asyncio.Future[int]:
+        if not self._may[op]:
+            self._check_usable(op)
+        future: asyncio.Future[int] = self._loop.create_future()
+        requests = self._requests
+        requests.start(op, offset, buffer, future)
+        if requests.tasks:
+            self._pump.driver.watch(self._cached)
+        self._pump.driver.kick()
+        return future
+
+    def _done(self, request: Request) -> None:
+        future = cast("asyncio.Future[int]", request.tag)
+        outcome = request.outcome
+        if outcome is not None:
+            self._tallies.add(outcome, request.transferred)
+            if not future.done():
+                future.set_result(request.transferred)
+        elif not future.done():
+            error = request.exception
+            future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+        if self._closing is not None and not self._requests.pending:
+            self._closing.fire()
+
+    async def _vector(self, op: int, segments: list[memoryview], offset: int) -> int:
+        self._check_usable(op)
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        segments = [segment for segment in segments if len(segment)]
+        length = sum(map(len, segments))
+        if op == READ:
+            moved = await self._run(self._plain.read(offset, segments, length, self._flags & ~(FUA | ATOMIC)))
+        else:
+            moved = await self._run(self._plain.write(offset, segments, length, self._flags))
+        self._tallies.add(moved.outcome, moved.transferred)
+        return moved.transferred
+
+    async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self._pump.driver.watch(self._cached)
+        try:
+            return await self._pump.driver.run(self._counted(coroutine))
+        except ODirectError as error:
+            if error.filename is None:
+                error.filename = self.name
+            raise
+
+    async def _counted(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        self._busy.up()
+        try:
+            return await coroutine
+        finally:
+            self._busy.down()
+
+    def _ask_again(self) -> Limits:
+        return file_limits(self.fileno(), path=self.name, writable=self._opened.writable)[0]
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the file is closed", path=self.name)
+
+    def _check_usable(self, op: int) -> None:
+        self._check_open()
+        self._opened.check_usable(op)
+
+    def _check_writable(self) -> None:
+        self._check_usable(WRITE)
