@@ -181,7 +181,8 @@ def test_readme_example_runs(number: int, scratch: Path, monkeypatch: pytest.Mon
 def test_readme_names_only_options_that_there_are() -> None:
     """Each `odirect VERB --option` in the README's shell examples is known to the command."""
     from click.testing import CliRunner
-    from odirect.cli.main import main
+
+    from odirect.cli.main import cli
 
     used = 0
     for block in _blocks("sh"):
@@ -190,7 +191,7 @@ def test_readme_names_only_options_that_there_are() -> None:
             if not words or words[0] != "odirect":
                 continue
             used += 1
-            help_text = CliRunner().invoke(main, [words[1], "--help"])
+            help_text = CliRunner().invoke(cli, [words[1], "--help"])
             assert help_text.exit_code == 0, line
             for word in words[2:]:
                 if word.startswith("--"):

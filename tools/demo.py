@@ -149,7 +149,7 @@ def shown_outcomes(counts: Mapping[str, int]) -> str:
 
 
 def told_outcomes(told: list[dict[str, Any]]) -> str:
-    """Outcomes as the command's JSON lists them, in words."""
+    """Outcomes as `odirect bench --json` lists them, in words."""
     counts: dict[str, int] = {}
     for each in told:
         reason = f" ({each['reason']})" if each["reason"] else ""
@@ -289,16 +289,17 @@ def copies(source: Path, target: Path, size: int) -> tuple[list[Row], list[str]]
         outcome = "buffered"
         seconds, cpu_seconds = ran.seconds, ran.cpu_seconds
         if command[0] == ODIRECT:
-            outcome = told_outcomes(json.loads(ran.output)["write_outcomes"])
+            told = json.loads(ran.output)
+            outcome = shown_outcomes({name: each["operations"] for name, each in told["writes"].items()})
         else:
             synced = run("sync", str(target))
             seconds, cpu_seconds = seconds + synced.seconds, cpu_seconds + synced.cpu_seconds
         cached[by] = cached_bytes(target)
         rows.append(Row(work, by, seconds, size, None, cpu_seconds, outcome))
         target.unlink()
-    told = [f"{format_bytes(left)} by {by}" for by, left in cached.items() if left is not None]
-    if told:
-        notes.append("Left in the page cache of the copied file: " + ", ".join(told) + ".")
+    kept = [f"{format_bytes(left)} by {by}" for by, left in cached.items() if left is not None]
+    if kept:
+        notes.append("Left in the page cache of the copied file: " + ", ".join(kept) + ".")
     return rows, notes
 
 

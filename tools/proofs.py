@@ -1,6 +1,7 @@
-"""Prints which tests quote which row of docs/direct-io.md; with --fill, writes them into rows that name none.
+"""Prints which tests quote which row of docs/direct-io.md, with a star where the table names them.
 
-python tools/proofs.py [--fill] [ROW...]
+Arguments: the rows, all of them if none is named. A test that quotes a row need not prove it: it may
+test a tool that the proof uses. Which of them go into the table is a judgement, so nothing is written there.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "direct-io.md"
-#: More than a reader would look at; the first ones in the order of files are named.
-MOST = 4
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -45,23 +44,16 @@ def tests_by_row() -> dict[str, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print, and fill in if asked; the exit status is the number of rows that nothing quotes."""
-    fill = "--fill" in arguments
-    wanted = {argument.upper() for argument in arguments if not argument.startswith("-")}
+    """Print the tests that quote each row, marked where the table names them; the exit status is 0."""
+    wanted = {argument.upper() for argument in arguments}
     tests = tests_by_row()
-    lines, unproven = [], 0
     for line in TABLE.read_text().splitlines():
         row = re.match(r"\| ([A-Z][0-9]{2}) \|", line)
         if row and (not wanted or row[1] in wanted):
-            names = tests.get(row[1], [])
-            unproven += not names
-            print(row[1], *(names or ["nothing"]), sep="\n    ")
-            if fill and names and re.search(r"\|\s*\|$", line):
-                line = re.sub(r"\|\s*\|$", "", line) + "| " + ", ".join(f"`{name}`" for name in names[:MOST]) + " |"
-        lines.append(line)
-    if fill:
-        TABLE.write_text("\n".join(lines) + "\n")
-    return unproven
+            print(row[1])
+            for name in tests.get(row[1], []):
+                print(f"  {'*' if f'`{name}`' in line else ' '} `{name}`")
+    return 0
 
 
 if __name__ == "__main__":

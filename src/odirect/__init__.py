@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from odirect import aio
+    import odirect.aio as aio
     from odirect.base import errors
     from odirect.base.errors import ODirectError
     from odirect.block.buffers import empty

@@ -15,13 +15,16 @@ has come back. `close` waits for all of them.
 from __future__ import annotations
 
 import asyncio
+import operator
+import os
+import warnings
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
-from odirect.base.errors import ClosedError, ODirectError, from_errno
-from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
+from odirect.base.errors import ClosedError, ODirectError
+from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO, Bio
 from odirect.block.buffers import BufferPool, as_bytes_view, empty
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import Limits
@@ -46,15 +49,17 @@ T = TypeVar("T")
 LOOP_DEPTH = 256
 # Threads of one file that do what only the page cache can.
 _CACHED_WORKERS = 4
+# Threads of a loop's ring where there is no io_uring.
+WORKERS = 8
 
 
 class _LoopPump:
-    """What all files of one loop share."""
+    """What all open files of one loop share; they alone keep it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.driver = AsyncioDriver(loop)
-        self.queue = RingQueue(open_ring(LOOP_DEPTH), open_polled=lambda: open_ring(iopoll=True))
-        self.pool = BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS)
+        self.queue = RingQueue(open_ring(LOOP_DEPTH, workers=WORKERS), open_polled=lambda: open_ring(iopoll=True))
+        self.pool = BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS, ring=self.queue.ring)
         self.driver.watch(self.queue)
         self.files = 0
 
@@ -67,7 +72,30 @@ class _LoopPump:
         self.queue.close()
 
 
-_pumps: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopPump] = weakref.WeakKeyDictionary()
+# Both weak: a loop that was closed with files open must not live for ever.
+_pumps: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_LoopPump]] = weakref.WeakKeyDictionary()
+
+
+def _pump_of(loop: asyncio.AbstractEventLoop) -> _LoopPump:
+    known = _pumps.get(loop)
+    pump = None if known is None else known()
+    if pump is None:
+        pump = _LoopPump(loop)
+        _pumps[loop] = weakref.ref(pump)
+    return pump
+
+
+class _LoopCachedDevice(CachedFileDevice):
+    """A file's page cache, which the loop watches from the first bio on: most files never need it."""
+
+    def __init__(self, fd: int, driver: AsyncioDriver) -> None:
+        super().__init__(fd, workers=_CACHED_WORKERS)
+        self._driver = driver
+
+    def submit(self, bio: Bio) -> None:
+        """See `CachedFileDevice`."""
+        self._driver.watch(self)
+        super().submit(bio)
 
 
 class _Opening:
@@ -138,20 +166,16 @@ class File:
         self._loop = loop
         self.access: Access = access
         self.mode = opened.mode
-        self.name = opened.state.path
-        self.closed = False
+        self.name = cast(str, opened.state.path)
         self._tallies = Tallies()
         self._busy = Count()
         self._closing: Event | None = None
-        pump = _pumps.get(loop)
-        if pump is None:
-            pump = _pumps[loop] = _LoopPump(loop)
-        self._pump = pump
+        self._pump = pump = _pump_of(loop)
         pump.files += 1
         self._device = None
         if opened.direct_fd >= 0:
             self._device = FileDevice(pump.queue, opened.direct_fd, self._state.limits)
-        self._cached = CachedFileDevice(opened.cached_fd, workers=_CACHED_WORKERS)
+        self._cached = _LoopCachedDevice(opened.cached_fd, pump.driver)
         self._plain = PlainFile(
             self._state,
             self._device,
@@ -171,6 +195,7 @@ class File:
             self._done,
         )
         self._may = [opened.readable, opened.writable]
+        self.closed = False
 
     def fileno(self) -> int:
         """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
@@ -232,7 +257,7 @@ class File:
     async def truncate(self, size: int) -> int:
         """Make the file `size` bytes long; the new size."""
         self._check_writable()
-        return await asyncio.to_thread(truncate_file, self._opened.cached_fd, size, self.name)
+        return await self._in_thread(lambda: truncate_file(self._opened, size))
 
     async def fallocate(
         self, offset: int, length: int, *, punch: bool = False, zero: bool = False, keep_size: bool = False
@@ -242,8 +267,8 @@ class File:
         if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
             await self._run(self._plain.change_range(DISCARD if punch else ZERO, offset, length))
             return
-        await asyncio.to_thread(
-            change_space, self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size
+        await self._in_thread(
+            lambda: change_space(self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size)
         )
 
     async def sync(self, *, data_only: bool = False) -> None:
@@ -255,8 +280,13 @@ class File:
         """Wait for everything in flight, also of callers that were cancelled, and close. Twice is harmless."""
         if self.closed:
             return
+        if asyncio.get_running_loop() is not self._loop and not self._loop.is_closed():
+            raise RuntimeError("the file belongs to another event loop, which is still there to close it")
         self.closed = True
         self._may = [False, False]
+        if self._loop.is_closed():
+            self._release()  # There is nobody to wait for any more but the device, as the ring does.
+            return
         idle = asyncio.ensure_future(self._pump.driver.run(self._idle()))
         try:
             await asyncio.shield(idle)
@@ -272,6 +302,14 @@ class File:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "closed", True):
+            return
+        warnings.warn(f"unclosed odirect.aio.File {os.fsdecode(self.name)!r}", ResourceWarning, 2, source=self)
+        # It could not be thrown away if anything were in flight. The descriptors go with `Opened`.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._release)
 
     async def _idle(self) -> None:
         """Wait until no request is pending and no other call is under way."""
@@ -299,8 +337,6 @@ class File:
         future: asyncio.Future[int] = self._loop.create_future()
         requests = self._requests
         requests.start(op, offset, buffer, future)
-        if requests.tasks:
-            self._pump.driver.watch(self._cached)
         self._pump.driver.kick()
         return future
 
@@ -311,14 +347,18 @@ class File:
             self._tallies.add(outcome, request.transferred)
             if not future.done():
                 future.set_result(request.transferred)
-        elif not future.done():
+        elif not future.done() and not self._loop.is_closed():
             error = request.exception
-            future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+            if isinstance(error, Exception):
+                future.set_exception(error)
+            else:
+                future.cancel()
         if self._closing is not None and not self._requests.pending:
             self._closing.fire()
 
     async def _vector(self, op: int, segments: list[memoryview], offset: int) -> int:
         self._check_usable(op)
+        offset = operator.index(offset)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         segments = [segment for segment in segments if len(segment)]
@@ -330,8 +370,21 @@ class File:
         self._tallies.add(moved.outcome, moved.transferred)
         return moved.transferred
 
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        """What `call` returns, in a thread. `close` waits for the thread even if the caller is cancelled."""
+        self._busy.up()
+        work = self._loop.run_in_executor(None, call)
+        work.add_done_callback(self._thread_ended)
+        return await asyncio.shield(work)
+
+    def _thread_ended(self, work: asyncio.Future[Any]) -> None:
+        if not work.cancelled():
+            work.exception()  # It has been told to the caller, or nobody asks.
+        self._requests.resized(file_bytes(self._opened.cached_fd))
+        self._busy.down()
+        self._pump.driver.kick()
+
     async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        self._pump.driver.watch(self._cached)
         try:
             return await self._pump.driver.run(self._counted(coroutine))
         except ODirectError as error:

@@ -84,6 +84,7 @@ class Work:
     runtime_ns    time to go on for, None: until the number is reached
     seed          what random offsets and data are made from, together with `job`
     end_sync      make what was written durable at the end, within the time that is measured
+    huge          have the memory in huge pages
     """
 
     path: str
@@ -101,6 +102,7 @@ class Work:
     dsync: bool = False
     hipri: bool = False
     end_sync: bool = False
+    huge: bool = False
     cache: Cache = Cache.DIRECT
 
     @property
@@ -361,7 +363,7 @@ class _Session:
 
     def memory(self, length: int) -> memoryview:
         """Aligned memory; with random bytes in it if it is to be written, which nothing below can squeeze."""
-        memory = empty(length, huge=True)
+        memory = empty(length, huge=self.work.huge)
         if self.work.op == WRITE:
             numpy.frombuffer(memory, dtype=numpy.uint8)[:] = numpy.frombuffer(
                 self._generator.bytes(length), dtype=numpy.uint8
@@ -499,9 +501,12 @@ async def _run_asyncio(work: Work, stop: Stop, ready: Callable[[], None] | None)
                 if after >= deadline_ns or stop.asked:
                     return
 
-        async with asyncio.TaskGroup() as group:
-            for place in range(0, len(memory), work.block_bytes):
-                group.create_task(keep_one(memory[place : place + work.block_bytes]))
+        try:
+            async with asyncio.TaskGroup() as group:
+                for place in range(0, len(memory), work.block_bytes):
+                    group.create_task(keep_one(memory[place : place + work.block_bytes]))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None  # the first, as everywhere
         if work.end_sync and work.op == WRITE:
             await file.sync(data_only=True)
         return session.finish(file.totals)

@@ -1,7 +1,8 @@
 """`odirect.copy`: whole files and devices, past the page cache, with all or nothing as the result.
 
 A regular file is written under a hidden temporary name beside its target and takes the target's name
-when it is whole, so that nobody ever sees half a copy. A block device is written in place.
+when it is whole, so that nobody ever sees half a copy (a process that is killed outright leaves the hidden
+file behind). A block device is written in place.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ T = TypeVar("T")
 Access = Literal["auto", "strict"]
 Progress = Callable[[int, int], None]
 
-#: How much one request moves, and how many chunks are under way, unless told otherwise.
-CHUNK_BYTES = 1 << 20
-DEPTH = 8
+#: How much one request moves, and how many chunks are under way, unless told otherwise: measured, a fast disk
+#: that is read and written at once wants some tens of MiB in flight.
+CHUNK_BYTES = 4 << 20
+DEPTH = 16
 
 # Threads for a file whose direct I/O is refused at open: each does one request through the page cache.
 _CACHE_WORKERS = 4
@@ -113,7 +115,8 @@ def copy(
     one. Without it every byte is written.
     progress: called with (bytes done, bytes in all) after each chunk; holes count, and verifying
     counts as much again. What it raises ends the copy.
-    chunk_bytes, depth: how much one request moves, and how many chunks are under way.
+    chunk_bytes, depth: how much one request moves, and how many chunks are under way; more memory
+    than their product is not used.
     overwrite_in_use: write to a device that is mounted or in use, or over an image file that is.
     access: "strict" raises NotDirectError instead of going through the page cache; parts of blocks at
     the end of a file, which have no other way, excepted.
@@ -334,8 +337,6 @@ class _Target:
     A context manager: whatever is not committed when it is left is removed.
     """
 
-    opened: Opened
-
     def __init__(self, found: _Found, mode: int, *, strict: bool, overwrite_in_use: bool) -> None:
         self.path = found.path
         self._replaced = found.status
@@ -343,6 +344,7 @@ class _Target:
         self._strict = strict
         self._overwrite_in_use = overwrite_in_use
         self._temporary: str | None = None
+        self._opened: Opened | None = None
         self._hold_fd = -1
         self._grown = 0
         self._allocates = True
@@ -353,15 +355,18 @@ class _Target:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        temporary, self._temporary = self._temporary, None
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if self._hold_fd >= 0:
-            os.close(self._hold_fd)
-            self._hold_fd = -1
-        if hasattr(self, "opened"):
-            self.opened.close()
+        try:
+            self._clean_up()
+        except BaseException:
+            self._clean_up()  # Whoever is impatient interrupts twice; what is done by then is not done again.
+            raise
+
+    @property
+    def opened(self) -> Opened:
+        """What is open; RuntimeError before `open`."""
+        if self._opened is None:
+            raise RuntimeError("the target is not open")
+        return self._opened
 
     def open(self) -> None:
         """Open the device, or make the temporary file. What goes wrong is cleaned up by leaving."""
@@ -419,6 +424,8 @@ class _Target:
 
     def commit(self, durable: bool) -> None:
         """Let a new file take the target's name; its directory is synced, too, if `durable`."""
+        # The last part of a block went through the cache.
+        self.forget_pages()
         if self._temporary is None:
             return
         try:
@@ -434,8 +441,19 @@ class _Target:
         except OSError as error:
             raise from_errno(error.errno or errno.EIO, "giving the copy its name", self.path) from error
 
+    def _clean_up(self) -> None:
+        if self._temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            self._temporary = None
+        if self._hold_fd >= 0:
+            os.close(self._hold_fd)
+            self._hold_fd = -1
+        if self._opened is not None:
+            self._opened.close()
+
     def _open_device(self) -> None:
-        self.opened = open_file(self.path, "r+", strict=self._strict, overwrite_in_use=self._overwrite_in_use)
+        self._opened = open_file(self.path, "r+", strict=self._strict, overwrite_in_use=self._overwrite_in_use)
         if self._overwrite_in_use:
             return
         try:
@@ -456,7 +474,7 @@ class _Target:
             os.fchmod(fd, 0o600)
         finally:
             os.close(fd)
-        self.opened = open_file(str(self._temporary), "r+", strict=self._strict)
+        self._opened = open_file(str(self._temporary), "r+", strict=self._strict)
         # Errors name what the caller named.
         self.opened.state.path = self.path
 
@@ -541,7 +559,7 @@ class _Line:
     def __init__(
         self, reading: Opened | None, writing: Opened | None, chunk_bytes: int, depth: int, clock: Clock | None
     ) -> None:
-        unit = mmap.PAGESIZE
+        unit = 1
         if reading is not None:
             unit = max(unit, reading.state.limits.read_align)
         if writing is not None:
@@ -549,9 +567,9 @@ class _Line:
             if not writing.state.is_block:
                 block = os.fstatvfs(writing.cached_fd).f_frsize
                 unit = max(unit, block if is_power_of_two(block) and block <= _LARGEST_BLOCK else 1)
-        #: What the edges of holes and chunks are multiples of.
+        #: What the edges of holes are multiples of.
         self.unit = unit
-        self.chunk_bytes = align_up(chunk_bytes, unit)
+        self.chunk_bytes = align_up(chunk_bytes, max(unit, mmap.PAGESIZE))
         self.depth = depth
         # On a ring of threads, a thread for each chunk: somebody must wait for each.
         self._queue = RingQueue(open_ring(2 * depth, workers=min(depth, 16)))
@@ -584,7 +602,9 @@ class _Line:
         cached = CachedFileDevice(opened.cached_fd, workers=min(self.depth, _CACHE_WORKERS) if refused else 0)
         self._cached.append(cached)
         self._scheduler.add_device(cached)
-        direct = None if refused else FileDevice(self._queue, opened.direct_fd, opened.state.limits)
+        # Not registered: the kernel lets go of a ring's registered files some time after the ring is closed,
+        # and until then the space of a copy that failed and was removed would not be free.
+        direct = None if refused else FileDevice(self._queue, opened.direct_fd, opened.state.limits, register=False)
         fd = opened.cached_fd if refused else opened.direct_fd
         return PlainFile(
             opened.state,

@@ -7,14 +7,17 @@ A request that the kernel can take as it is costs one system call (B02). Any oth
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import io
+import operator
 import os
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from odirect.base.errors import ClosedError, ODirectError, UnsupportedError, WouldBlockError, from_errno
+from odirect.base.errors import ClosedError, DeviceError, ODirectError, UnsupportedError, WouldBlockError, from_errno
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
 from odirect.block.buffers import BufferPool, as_bytes_view, empty
 from odirect.block.cached_file import CachedFileDevice
@@ -29,6 +32,7 @@ from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
 from odirect.dio.requests import Request, Requests
+from odirect.dio.write_order import WriteGate
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
 from odirect.ring.choose import open_ring
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
@@ -49,6 +53,8 @@ _OPERATIONS = {"read": READ, "write": WRITE}
 BATCH_DEPTH = 64
 #: Requests of `submit` that are given to the kernel at once; more are held back.
 SUBMIT_DEPTH = 128
+# Threads that do them where there is no io_uring.
+SUBMIT_WORKERS = 8
 
 
 def open(
@@ -94,12 +100,18 @@ def expected_outcome(state: FileState, op: int, flags: int) -> Outcome:
     return Outcome(Kind.BUFFERED, reason, promise)
 
 
-def truncate_file(fd: int, size: int, path: object) -> int:
-    """The new size of the file, `size`. Raises ValueError if it is negative, and the kernel's answer."""
+def truncate_file(opened: Opened, size: int) -> int:
+    """The new size of the file, `size`.
+
+    Raises ValueError if it is negative, UnsupportedError for a device, and the kernel's answer.
+    """
+    path = opened.state.path
+    if opened.state.is_block:
+        raise UnsupportedError("a block device has the size that it has", path=path)
     if size < 0:
         raise ValueError(f"a file cannot have {size} bytes")
     try:
-        os.ftruncate(fd, size)
+        os.ftruncate(opened.cached_fd, size)
     except (OSError, OverflowError) as error:
         number = getattr(error, "errno", errno.EFBIG) or errno.EIO
         raise from_errno(number, f"truncating to {size} bytes", path) from error
@@ -125,7 +137,7 @@ class File(io.RawIOBase):
 
     Transfers at a given offset (`pread`, `pwrite`, ...) may be made from several threads at once;
     `read`, `write` and `seek` share one position, which a lock protects. `submit` and `completions`
-    belong to one thread.
+    belong to one thread. `close` waits for what other threads have begun.
     """
 
     def __init__(self, opened: Opened, access: Access, flags: int) -> None:
@@ -145,18 +157,21 @@ class File(io.RawIOBase):
         limits = self._state.limits
         # An atomic write has rules of its own, and goes the general way.
         self._simple = DirectHandle(opened.direct_fd, limits.read_align, limits.write_align, limits.memory_align)
-        self._simple_writes = not flags & ATOMIC
+        self._simple_writes = not flags & ATOMIC and WRITE not in self._state.refused
+        if READ in self._state.refused:
+            self._simple.fd = -1
         self._simple_limits = limits
         self._position = 0
-        self._position_lock = threading.RLock()
+        self._submission: _Submission | None = None
+        self._forget_threads()
         self._tallies = Tallies()
         self._local = threading.local()
-        self._submission: _Submission | None = None
         self._find_size()
         self._read_outcome = expected_outcome(self._state, READ, flags)
         self._write_outcome = expected_outcome(self._state, WRITE, flags)
         if opened.appends:
             self._position = self._simple.size_hint
+        _files.add(self)
 
     # What it is.
 
@@ -214,10 +229,9 @@ class File(io.RawIOBase):
         WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a negative offset.
         """
         count = self._simple.pread(buffer, offset, self._read_rwf)
-        if count > 0:
-            if count == len(buffer) if type(buffer) is memoryview else count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
-                self._tallies.add(self._read_outcome, count)
-                return count
+        if count > 0 and count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
+            self._tallies.add(self._read_outcome, count)
+            return count
         return self._general(READ, [as_bytes_view(buffer, writable=True)], offset)
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -235,16 +249,21 @@ class File(io.RawIOBase):
 
         Raises NoSpaceError, DeviceError, and what `preadinto` raises.
         """
-        if self._simple_writes:
-            count = self._simple.pwrite(buffer, offset, self._rwf)
-            if count > 0 and count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
+        if self._simple_writes and (self._state.failed_sync is None or not self._flags & FUA):
+            if self._state.is_block:
+                with self._gate.direct():  # The kernel has no lock of its own there.
+                    count = self._simple.pwrite(buffer, offset, self._rwf)
+            else:
+                count = self._simple.pwrite(buffer, offset, self._rwf)
+            # A part that was written without waiting counts: the rest could say that it would block (F08).
+            if count > 0 and (count == memoryview(buffer).nbytes or self._flags & NOWAIT):  # type: ignore[arg-type]
                 end = offset + count
                 if end > self._simple.size_hint:
                     self._simple.size_hint = end
                 self._tallies.add(self._write_outcome, count)
                 return count
-            if count < 0 and count != NOT_SIMPLE and self._flags & FUA and -count not in (errno.EINVAL, errno.EAGAIN):
-                raise self._failed_durable_write(-count, offset)
+            if count < 0 and count != NOT_SIMPLE and self._flags & FUA:
+                self._check_durable_write(-count, offset)
         return self._general(WRITE, [as_bytes_view(buffer, writable=False)], offset)
 
     def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
@@ -267,13 +286,17 @@ class File(io.RawIOBase):
             self._position += count
             return count
 
-    def readall(self) -> bytes:
-        """Everything from the position to the end."""
+    def readall(self) -> bytes | None:  # type: ignore[override]
+        """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
         with self._position_lock:
             pieces = []
-            while piece := self.pread(8 << 20, self._position):
-                pieces.append(piece)
-                self._position += len(piece)
+            try:
+                while piece := self.pread(8 << 20, self._position):
+                    pieces.append(piece)
+                    self._position += len(piece)
+            except WouldBlockError:
+                if not pieces:
+                    return None
             return b"".join(pieces)
 
     def read(self, size: int | None = -1, /) -> bytes | None:
@@ -303,6 +326,7 @@ class File(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """Move the position; whence is SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA or SEEK_HOLE."""
         self._check_open()
+        offset = operator.index(offset)
         with self._position_lock:
             if whence == os.SEEK_CUR:
                 offset += self._position
@@ -330,8 +354,10 @@ class File(io.RawIOBase):
     def truncate(self, size: int | None = None, /) -> int:
         """Make the file `size` bytes long (default: up to the position); the new size."""
         self._check_writable()
-        size = truncate_file(self._opened.cached_fd, self._position if size is None else size, self.name)
+        size = truncate_file(self._opened, self._position if size is None else size)
         self._simple.size_hint = size
+        if self._submission is not None:
+            self._submission.resized(size)
         return size
 
     def fallocate(
@@ -345,15 +371,16 @@ class File(io.RawIOBase):
         """
         self._check_writable()
         if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
-            self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
+            with self._entered():
+                self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
             return
         change_space(self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size)
         self._find_size()
 
     def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
-        self._check_open()
-        self._run(lambda plain: plain.sync(data_only=data_only))
+        with self._entered():
+            self._run(lambda plain: plain.sync(data_only=data_only))
 
     def flush(self) -> None:
         """Nothing: a raw file holds nothing back. `sync` makes data durable."""
@@ -361,15 +388,27 @@ class File(io.RawIOBase):
             raise ClosedError("the file is closed", path=self.name)
 
     def close(self) -> None:
-        """Wait for what is in flight, and close. Twice is harmless."""
-        if not self.closed:
-            try:
-                if self._submission is not None:
-                    self._submission.close()
-            finally:
-                self._simple.fd = -1
-                super().close()
-                self._opened.close()
+        """Wait for what is in flight, also of other threads, and close. Twice is harmless.
+
+        Raises RuntimeError if this very thread is inside a call (a signal's handler is).
+        """
+        if self.closed:
+            return
+        if threading.get_ident() in self._inside:
+            raise RuntimeError("the file is closed in the middle of a call of the same thread")
+        try:
+            if self._submission is not None:
+                self._submission.close()
+        finally:
+            self._simple.fd = -1
+            super().close()
+            with self._entry:
+                while self._inside:
+                    self._entry.wait()
+            self._opened.close()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("an open file cannot be copied or pickled")
 
     # Many at once.
 
@@ -423,6 +462,41 @@ class File(io.RawIOBase):
     def _check_usable(self, op: int) -> None:
         self._check_open()
         self._opened.check_usable(op)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """A call of several steps is under way: `close` waits, so that no step meets another file's descriptor."""
+        thread = threading.get_ident()
+        with self._entry:
+            self._check_open()
+            self._inside.append(thread)
+        try:
+            yield
+        finally:
+            with self._entry:
+                self._inside.remove(thread)
+                self._entry.notify_all()
+
+    def _forget_threads(self) -> None:
+        """Nobody is in here: so it is in a new file, and in a forked child, whose only thread is the caller."""
+        self._position_lock = threading.RLock()
+        self._entry = threading.Condition(threading.Lock())
+        self._inside: list[int] = []
+        self._gate = WriteGate()
+        # What was submitted before a fork is the parent's.
+        self._submission = None
+
+    def _merges(self, offset: int, length: int) -> bool:
+        """Whether such a write goes through the page cache, in part at least."""
+        return WRITE in self._state.refused or (offset | length) % self._state.limits.write_align != 0
+
+    def _write_turn(self, merges: bool) -> contextlib.AbstractContextManager[None]:
+        """What a write holds against those of other threads, and of `submit`."""
+        if not merges:
+            return self._gate.direct()
+        if self._submission is not None:
+            self._submission.settle()
+        return self._gate.merge()
 
     def _find_size(self) -> int:
         size = file_bytes(self._opened.cached_fd)
@@ -481,9 +555,17 @@ class File(io.RawIOBase):
 
     def _moved(self, op: int, segments: list[memoryview], offset: int) -> Moved:
         self._check_usable(op)
+        offset = operator.index(offset)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         segments = [segment for segment in segments if len(segment)]
+        with self._entered():
+            if op == READ:
+                return self._move(op, segments, offset)
+            with self._write_turn(self._merges(offset, sum(map(len, segments)))):
+                return self._move(op, segments, offset)
+
+    def _move(self, op: int, segments: list[memoryview], offset: int) -> Moved:
         length = sum(map(len, segments))
         if op == READ:
             flags = self._flags & ~(FUA | ATOMIC)
@@ -514,13 +596,34 @@ class File(io.RawIOBase):
         if len(places) and int(places.min()) < 0:
             raise ValueError(f"offset {int(places.argmin())} of the batch is {int(places.min())}, which is negative")
         results = numpy.full(len(places), -1, dtype=numpy.int64)
+        with self._entered():
+            if op == READ:
+                self._batch_move(op, view, places, length, results, depth)
+                return results
+            if self._flags & FUA:
+                self._state.check_sync()
+            merges = self._merges(int(numpy.bitwise_or.reduce(places)) if len(places) else 0, length)
+            with self._write_turn(merges):
+                self._batch_move(op, view, places, length, results, depth)
+        return results
+
+    def _batch_move(
+        self,
+        op: int,
+        view: memoryview,
+        places: NDArray[numpy.int64],
+        length: int,
+        results: NDArray[numpy.int64],
+        depth: int,
+    ) -> None:
+        import numpy
+
         size = self._find_size()
-        if self._simple.fd >= 0 and not self._flags & ATOMIC:
+        if self._simple.fd >= 0 and not self._flags & ATOMIC and op not in self._state.refused:
             self._batch_natively(op, view, places, length, size, results, depth)
         left: list[int] = numpy.flatnonzero(results != length).tolist()
         if left:
             self._batch_generally(op, view, places.tolist(), length, size, left, results, depth)
-        return results
 
     def _batch_natively(
         self,
@@ -559,26 +662,35 @@ class File(io.RawIOBase):
         """What the native loop could not do whole: it says how each really went."""
         flags = self._flags if op == WRITE else self._flags & ~(FUA | ATOMIC)
         failed: dict[int, Exception] = {}
-        if op == WRITE and flags & FUA:
+        outcomes: dict[int, Moved | Exception] = {}
+        if op == WRITE and flags & (FUA | NOWAIT):
+            # What was tried, and must not be tried again.
             for element in left:
-                if results[element] < -1 and -results[element] not in (errno.EINVAL, errno.EAGAIN):
-                    failed[element] = self._failed_durable_write(-int(results[element]), places[element])
+                result = int(results[element])
+                if result > 0 and flags & NOWAIT:
+                    outcomes[element] = Moved(result, self._write_outcome)
+                elif result < -1 and flags & FUA:
+                    try:
+                        self._check_durable_write(-result, places[element])
+                    except DeviceError as error:
+                        failed[element] = error
         growing = []
         if op == WRITE and not self._state.is_block:
             growing = [element for element in left if places[element] + length > size]
-        inside = [element for element in left if element not in failed and element not in set(growing)]
-        outcomes = self._run(
-            lambda plain: batch.run_each(plain, op, view, places, inside, length, flags, depth)
-        )
+        finished = {*failed, *outcomes, *growing}
+        inside = [element for element in left if element not in finished]
+        outcomes |= self._run(lambda plain: batch.run_each(plain, op, view, places, inside, length, flags, depth))
         for first, number in batch.growing_runs(growing, places, length):
             run = view[first * length : (first + number) * length]
             try:
-                moved = self._moved(op, [run], places[first])
+                moved = self._move(op, [run] if length else [], places[first])
             except ODirectError as error:
                 failed[first] = error
                 break  # What lies above it would leave a hole below the size (F03).
-            for element in range(first, first + number):
-                outcomes[element] = Moved(length, moved.outcome)
+            for turn in range(number):
+                # Without waiting, less than the whole may have been written.
+                part = max(0, min(length, moved.transferred - turn * length))
+                outcomes[first + turn] = Moved(part, moved.outcome)
         for element, outcome in outcomes.items():
             if isinstance(outcome, Moved):
                 results[element] = outcome.transferred
@@ -588,12 +700,27 @@ class File(io.RawIOBase):
         if failed:
             raise failed[min(failed)]
 
-    def _failed_durable_write(self, number: int, offset: int) -> ODirectError:
-        """The error of a write and its sync. It is told once; a second try would seem to succeed (F41)."""
+    def _check_durable_write(self, number: int, offset: int) -> None:
+        """Raise the device's error of a write that was to be durable: a second try would seem to succeed (F41).
+
+        What is not the device's (no space, memory that cannot be used) may be tried again.
+        """
         error = from_errno(number, f"writing at {offset}", self.name)
-        if self._state.failed_sync is None:
-            self._state.failed_sync = str(error)
-        return error
+        if isinstance(error, DeviceError) and number != errno.EINVAL:
+            self._state.remember_failed_sync(error)
+            raise error
+
+
+#: Open files, of which a forked child has copies.
+_files: weakref.WeakSet[File] = weakref.WeakSet()
+
+
+def _forget_threads() -> None:
+    for file in list(_files):
+        file._forget_threads()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 class _Submission:
@@ -602,7 +729,10 @@ class _Submission:
     def __init__(self, file: File) -> None:
         opened = file._opened
         self._file = file
-        self._queue = RingQueue(open_ring(SUBMIT_DEPTH), open_polled=lambda: open_ring(iopoll=True))
+        self._thread = threading.get_ident()
+        self._queue = RingQueue(
+            open_ring(SUBMIT_DEPTH, workers=SUBMIT_WORKERS), open_polled=lambda: open_ring(iopoll=True)
+        )
         self._scheduler = Scheduler()
         self._scheduler.add_device(self._queue)
         self._cached = CachedFileDevice(opened.cached_fd)
@@ -614,7 +744,7 @@ class _Submission:
             file._state,
             self._device,
             self._cached,
-            BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS),
+            BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS, ring=self._queue.ring),
             strict=file.access == "strict",
             ask_again=file._ask_again,
         )
@@ -636,11 +766,25 @@ class _Submission:
         if number is None:
             raise ValueError(f"operation {op!r}: use 'read' or 'write'")
         self._file._check_usable(number)
-        return self._requests.start(number, offset, buffer, tag)
+        self._check_thread()
+        request = self._requests.start(number, offset, buffer, tag)
+        if self._requests.tasks:
+            self._scheduler.run_ready()
+        return request
+
+    def resized(self, size: int) -> None:
+        """The file has been cut."""
+        self._requests.resized(size)
+
+    def settle(self) -> None:
+        """Wait until nothing is in flight, if that is this thread's to do; `completions` gives it out later."""
+        if self._thread == threading.get_ident():
+            self._drain()
 
     def completions(self) -> Iterator[Request]:
         """See `File.completions`."""
         finished = self._finished
+        self._check_thread()
         while True:
             while finished:
                 yield finished.popleft()
@@ -650,19 +794,30 @@ class _Submission:
 
     def close(self) -> None:
         """Wait for everything in flight and close the ring; requests nobody asked for are dropped."""
+        if self._requests.pending:
+            self._check_thread()
         try:
-            while self._requests.pending:
-                self._pump()
+            self._drain()
         finally:
-            if self._device is not None:
+            if self._thread == threading.get_ident() and self._device is not None:
                 self._device.close()
             self._queue.close()
             self._cached.close()
 
+    def _check_thread(self) -> None:
+        if self._thread != threading.get_ident():
+            raise RuntimeError("submit and completions belong to the thread that called submit first")
+
+    def _drain(self) -> None:
+        while self._requests.pending:
+            self._pump()
+
     def _pump(self) -> None:
+        """Wait until something has come back."""
         scheduler = self._scheduler
+        done = len(self._finished)
         scheduler.run_ready()
-        if self._finished:
+        if len(self._finished) > done:
             return
         scheduler.commit()
         scheduler.dispatch(poll_any(scheduler.devices, -1))

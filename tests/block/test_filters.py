@@ -24,7 +24,7 @@ from odirect.block.filters.volatile_cache import Unit, VolatileCache
 from odirect.block.memory import MemoryDevice
 from odirect.sched.clock import MonotonicClock, VirtualClock
 from odirect.testing.devices import BitRotDevice, MisdirectedDevice, OddDevice, TornDevice, atomic_limits
-from odirect.testing.suite import DeviceConformance, ReadConformance, check, pattern
+from odirect.testing.suite import DeviceConformance, ReadConformance, check, pattern, readable
 
 MIB = 1 << 20
 SECTOR = 512
@@ -56,6 +56,8 @@ MAKERS: dict[str, Callable[[BlockDevice], BlockDevice]] = {
 class TestFilters(DeviceConformance):
     """Every filter is a device."""
 
+    span = 1 << 18
+
     @pytest.fixture(params=MAKERS)
     def device(self, request: pytest.FixtureRequest) -> Iterator[BlockDevice]:
         device = MAKERS[request.param](MemoryDevice(2 * MIB))
@@ -76,6 +78,8 @@ class TestCacheOverOddDevice(DeviceConformance):
 
 class TestDelayOnVirtualClock(DeviceConformance):
     """Time that only the test moves."""
+
+    span = 1 << 18
 
     @pytest.fixture
     def device(self) -> Iterator[BlockDevice]:
@@ -356,6 +360,13 @@ def test_the_lower_devices_own_error_stays() -> None:
     bio = write(SECTOR, sector("w"))
     send(device, bio)
     assert bio.error == errno.ENOSPC and not device.injected
+    device.clear()
+    for prefix in (SECTOR, 100):
+        device.shorten(prefix)
+        bio = write(SECTOR, sector("w") * 2)
+        send(device, bio)
+        assert (bio.error, bio.done_bytes) == (errno.ENOSPC, 0) and not device.injected
+        device.clear()
     device.close()
 
 
@@ -452,6 +463,17 @@ def test_log_copies_what_was_handed_over() -> None:
     assert device.replay()[:SECTOR] == sector("a")
     with pytest.raises(VerifyError):
         LogWrites(device, base=b"")
+    device.close()
+
+
+def test_log_hands_up_what_finished_while_the_base_was_read() -> None:
+    """A stranger's bio that was in flight when the log was begun is not lost."""
+    lower = MemoryDevice(4096, data=pattern(4096, 1))
+    stranger = read(0, SECTOR)
+    lower.submit(stranger)
+    device = LogWrites(lower)
+    assert device.base == pattern(4096, 1) and device.in_flight == 1
+    assert device.poll(-1) == [stranger] and device.in_flight == 0
     device.close()
 
 
@@ -647,6 +669,127 @@ def test_without_atomic_a_write_is_torn() -> None:
     raise AssertionError("no write was torn under any seed")
 
 
+def test_atomic_writes_through_two_caches() -> None:
+    """F43: a cache hands an atomic write on as one, beside its neighbours, so that no lower cache can tear it."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        store = MemoryDevice(32 * SECTOR)
+        limits = atomic_limits(8 * SECTOR, base=store.limits)
+        lower = VolatileCache(store, limits=limits)
+        device = VolatileCache(lower, limits=limits)
+        for number in range(1, 12):
+            place = rng.choice((0, 8, 16, 24))
+            if place in (0, 16):
+                send(device, write(place * SECTOR, bytes([number]) * SECTOR * 8, ATOMIC))
+            else:
+                send(device, write(place * SECTOR, bytes([number]) * SECTOR * 8))
+            if rng.random() < 0.3:
+                device.evict(rng, 0.3)
+            for _ in range(rng.randrange(4)):
+                device.poll(0)
+            if rng.random() < 0.2:
+                lower.evict(rng, 0.3)
+        device.power_cut(rng)
+        lower.power_cut(rng)
+        for place in (0, 16):
+            assert len(set(store.data[place * SECTOR : (place + 8) * SECTOR])) == 1, (seed, place)
+        device.close()
+
+
+def test_older_writes_do_not_come_over_what_has_landed() -> None:
+    """F43: what the lower device has already is not torn by an older write that arrives at the power cut."""
+    lower = MemoryDevice(8 * SECTOR)
+    device = VolatileCache(lower, limits=atomic_limits(8 * SECTOR))
+    send(device, write(0, sector("o")))
+    old = device.unflushed()
+    send(device, write(0, sector("n") * 8, ATOMIC))
+    device.submit(Bio(FLUSH, 0))
+    device.commit()
+    assert list(device.poll(0)) == [], "the data has landed, the flush of the lower device is on its way"
+    assert device.unflushed() == []
+    device.power_cut(keep=old)
+    assert lower.data == sector("n") * 8
+    device.close()
+
+
+def test_failed_flush_does_not_lose_what_came_after_it() -> None:
+    """F41: writes handed over behind a flush that failed are not lost: FUA is durable, the rest is flushed later."""
+    lower = MemoryDevice(4096)
+    device = VolatileCache(lower)
+    device.fail_flush(errno.EIO)
+    flush, fua, plain = Bio(FLUSH, 0), write(SECTOR, sector("b"), FUA), write(2 * SECTOR, sector("c"))
+    send(device, write(0, sector("a")))
+    send(device, flush, fua, plain)
+    assert (flush.error, fua.error, plain.error) == (errno.EIO, 0, 0)
+    assert lower.data[: 2 * SECTOR] == bytes(SECTOR) + sector("b")
+    assert send(device, Bio(FLUSH, 0))[0].error == 0
+    device.power_cut()
+    assert lower.data[: 3 * SECTOR] == bytes(SECTOR) + sector("b") + sector("c")
+    device.close()
+
+
+def test_units_are_what_the_lower_device_can_write() -> None:
+    """F51: where writes must be aligned to more than a logical block, that is what a power cut keeps or drops."""
+    lower = OddDevice(65536, memory_align=4096, read_align=512, write_align=4096)
+    device = VolatileCache(lower)
+    send(device, write(0, b"a" * 8192))
+    first, second = device.unflushed()
+    assert (first.length, second.addr) == (4096, 4096)
+    assert device.power_cut(keep=[second]) == [second]
+    assert lower.data[:8192] == bytes(4096) + b"a" * 4096
+    device.close()
+
+
+def test_reads_of_part_of_a_unit() -> None:
+    """F51: reads may be finer than what is written, and still see the cache."""
+    device = VolatileCache(OddDevice(65536, memory_align=4096, read_align=512, write_align=4096))
+    send(device, write(4096, pattern(4096, 1)))
+    for start, length in ((4608, 512), (3584, 1024), (7680, 1024), (3584, 5120)):
+        image = bytes(4096) + pattern(4096, 1) + bytes(4096)
+        assert got(send(device, read(start, length))[0]) == image[start : start + length]
+    device.close()
+
+
+def test_zeroes_are_handed_on_as_zeroes() -> None:
+    """A ZERO reaches the lower device as one, not as bytes to be written, beside data that is."""
+    lower = LogWrites(MemoryDevice(8 * SECTOR, data=b"." * 8 * SECTOR))
+    device = VolatileCache(lower)
+    send(device, write(0, sector("a")), Bio(ZERO, SECTOR, length=4 * SECTOR), write(3 * SECTOR, sector("b")))
+    send(device, Bio(FLUSH, 0))
+    changes = [(record.op, record.addr, record.length) for record in lower.records if record.op is not Op.FLUSH]
+    assert changes == [
+        (Op.WRITE, 0, SECTOR),
+        (Op.ZERO, SECTOR, 2 * SECTOR),
+        (Op.WRITE, 3 * SECTOR, SECTOR),
+        (Op.ZERO, 4 * SECTOR, SECTOR),
+    ]
+    assert lower.replay()[::SECTOR] == b"a\0\0b\0..."
+    device.close()
+
+
+def test_runs_fit_the_lower_devices_bios() -> None:
+    """B02: what is brought down is cut to the size of bio that the lower device takes."""
+    lower = MemoryDevice(64 * SECTOR, limits=Limits(max_bio_bytes=4 * SECTOR, volatile_cache=False))
+    device = VolatileCache(lower)
+    for place in range(0, 64, 4):
+        send(device, write(place * SECTOR, pattern(4 * SECTOR, place)))
+    assert send(device, Bio(FLUSH, 0))[0].error == 0
+    assert lower.data == b"".join(pattern(4 * SECTOR, place) for place in range(0, 64, 4))
+    device.close()
+
+
+def test_wakeup_fd_that_is_made_after_a_completion() -> None:
+    """What a filter finished by itself before the descriptor was asked for makes it readable."""
+    device = ReadOnly(MemoryDevice(4096))
+    bio = write(0, sector("a"))
+    device.submit(bio)
+    device.commit()
+    descriptor = device.wakeup_fd()
+    assert descriptor is not None and readable(descriptor, 0)
+    assert device.poll(0) == [bio] and not readable(descriptor, 0)
+    device.close()
+
+
 def test_flush_error_that_loses() -> None:
     """F41: after a failed flush the data reads back, a second flush "succeeds", and a power cut shows the truth."""
     lower = MemoryDevice(4096)
@@ -741,7 +884,7 @@ def test_power_cut_in_the_middle_of_a_flush() -> None:
         device.power_cut()
         images.add(bytes(lower.data[: 5 * SECTOR : 2 * SECTOR]))
         if finished:
-            assert flush.error == 0 and lower.data[: 5 * SECTOR : 2 * SECTOR] == b"abc"
+            assert flush.error == 0 and bytes(lower.data[: 5 * SECTOR : 2 * SECTOR]) == b"abc"
         device.close()
     assert images == {b"a\0\0", b"ab\0", b"abc"}
 
@@ -774,7 +917,7 @@ def test_reads_lay_the_cache_over_the_lower_device() -> None:
     device.evict()
     assert got(send(device, read(0, 12 * SECTOR))[0])[::SECTOR] == b"AAAbA\0AA.c.."
     send(device, Bio(FLUSH, 0))
-    assert lower.data[: 12 * SECTOR : SECTOR] == b"AAAbA\0AA.c.." and not device.unflushed()
+    assert bytes(lower.data[: 12 * SECTOR : SECTOR]) == b"AAAbA\0AA.c.." and not device.unflushed()
     device.close()
 
 

@@ -194,7 +194,7 @@ def test_starting_data() -> None:
     data = bytearray(b"abc")
     device = MemoryDevice(8, data=data)
     data[:] = b"xyz"
-    assert device.data == b"abc\0\0\0\0\0"
+    assert bytes(device.data) == b"abc\0\0\0\0\0"
     device.close()
     with pytest.raises(ValueError, match="do not fit"):
         MemoryDevice(2, data=b"abc")

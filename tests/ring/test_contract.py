@@ -12,7 +12,7 @@ import select
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +25,9 @@ from tests.ring.conftest import BLOCK, BLOCKS, Blocked, MakeRing, blocks, new_ri
 from odirect.base.errors import ClosedError
 from odirect.ring import contract, threads
 from odirect.ring.contract import DATA_ONLY, DISCARD, FSYNC, READ, RWF_DSYNC, RWF_HIPRI, WRITE, ZERO, Ring
+
+#: The kinds that have something in flight behind the caller's back; threads-0 never has.
+can_wait = pytest.mark.parametrize("kind", ["uring", "uring-shared", "threads-4"])
 
 
 def single(ring: Ring, op: int, handle: int, segments: object, offset: int, length: int, flags: int = 0) -> int:
@@ -120,16 +123,17 @@ def test_discards_and_zeroes(make_ring: MakeRing, fd: int, path: Path, content: 
 
 
 def test_end_of_file(make_ring: MakeRing, fd: int, memory: mmap.mmap, content: bytes) -> None:
-    """F02, B09: a read that crosses the end is short, one past it gives 0, and the rest stays untouched."""
+    """F02, B09: a read that crosses the end is short, one past it gives 0.
+
+    What the kernel does to the buffer past the count is its own affair (ext4 fills it with zeroes).
+    """
     ring = make_ring()
-    memory[:] = b"\xaa" * len(memory)
     view = memoryview(memory)
     assert single(ring, READ, fd, (view[: 4 * BLOCK],), len(content) - BLOCK, 4 * BLOCK) == BLOCK
     assert single(ring, READ, fd, blocks(memory)[4:6], len(content) - BLOCK, 2 * BLOCK) == BLOCK
     assert single(ring, READ, fd, (view[8 * BLOCK : 9 * BLOCK],), len(content), BLOCK) == 0
     assert single(ring, READ, fd, (view[8 * BLOCK : 9 * BLOCK],), 1 << 40, BLOCK) == 0
     assert memory[:BLOCK] == memory[4 * BLOCK : 5 * BLOCK] == content[-BLOCK:]
-    assert set(memory[BLOCK : 4 * BLOCK] + memory[5 * BLOCK :]) == {0xAA}
 
 
 def test_any_buffer_is_a_segment(make_ring: MakeRing, path: Path, content: bytes) -> None:
@@ -334,12 +338,13 @@ def test_reap_zero_looks(make_ring: MakeRing, fd: int, memory: mmap.mmap) -> Non
     ring = make_ring()
     for index, piece in enumerate(blocks(memory)):
         ring.queue(READ, fd, (piece,), index * BLOCK, BLOCK, 0, index)
-    answers = []
+    answers: list[tuple[object, int]] = []
     while len(answers) < BLOCKS:
         answers += ring.reap(0)
     assert sorted(answers) == [(index, BLOCK) for index in range(BLOCKS)]  # type: ignore[type-var]
 
 
+@can_wait
 def test_a_timeout_passes(blocked: Blocked) -> None:
     """With nothing finished, reap comes back with nothing when the time is up, and the answer is not lost."""
     ring, buffer = blocked.start()
@@ -473,13 +478,15 @@ def test_the_submitter_may_end_first(make_ring: MakeRing, fd: int, memory: mmap.
 
     assert in_thread(submit) is None
     answers = reap_all(ring)
-    assert answers == {**dict.fromkeys(range(BLOCKS), BLOCK), **{f"sync {index}": 0 for index in range(8)}}
+    assert all(answers.pop(f"sync {index}") == 0 for index in range(8))
+    assert answers == dict.fromkeys(range(BLOCKS), BLOCK)
     assert memory[:] == content
 
 
 # --- the end, with I/O in flight -------------------------------------------------------------------
 
 
+@can_wait
 def test_close_waits(blocked: Blocked) -> None:
     """F24: close returns after the read, not before it, and drops the answer."""
     ring, buffer = blocked.start()
@@ -524,6 +531,7 @@ def test_every_call_after_close_says_so(make_ring: MakeRing, fd: int) -> None:
     assert ring.in_flight == 0
 
 
+@can_wait
 def test_garbage_collection_waits_or_keeps(kind: str, blocked: Blocked) -> None:
     """F24: a ring that is dropped with a read in flight does not give the memory away before its end."""
     blocked.keep = False
@@ -623,21 +631,46 @@ class Stop(Exception):
 
 
 @contextlib.contextmanager
-def alarm(handler: object) -> Iterator[None]:
-    """Call `handler` from a signal, as soon as may be."""
+def signals(handler: object, every: float = 0.02) -> Iterator[None]:
+    """Call `handler(frame)` from signals that come again and again: one alone may come just before the wait."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        handler()  # type: ignore[operator]
+        handler(frame)  # type: ignore[operator]
 
-    before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, 0.02)
+    main = threading.get_ident()
+    over = threading.Event()
+
+    def send() -> None:
+        while not over.wait(every):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    sender = threading.Thread(target=send)
+    sender.start()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        over.set()
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
+@contextlib.contextmanager
+def alarm(handler: object) -> Iterator[None]:
+    """Call `handler` once, from a signal, as soon as may be."""
+    fired = False
+
+    def once(frame: FrameType | None) -> None:
+        nonlocal fired
+        if not fired:
+            fired = True
+            handler()  # type: ignore[operator]
+
+    with signals(once):
+        yield
+
+
+@can_wait
 def test_a_handler_may_raise_in_reap(blocked: Blocked) -> None:
     """Its exception leaves `reap`, and the answer comes with the next one."""
     ring, buffer = blocked.start()
@@ -653,6 +686,7 @@ def test_a_handler_may_raise_in_reap(blocked: Blocked) -> None:
     assert bytes(buffer) == b"released"
 
 
+@can_wait
 def test_a_handler_may_return_in_reap(blocked: Blocked) -> None:
     """Then `reap` goes on waiting."""
     ring, _ = blocked.start()
@@ -660,6 +694,7 @@ def test_a_handler_may_return_in_reap(blocked: Blocked) -> None:
         assert ring.reap(-1) == [("blocked", 8)]
 
 
+@can_wait
 def test_a_handler_may_use_and_close_the_ring(blocked: Blocked) -> None:
     """It cannot reap as well; when it closes the ring, the reap that it came into says so."""
     ring, buffer = blocked.start()
@@ -679,48 +714,60 @@ def test_a_handler_may_use_and_close_the_ring(blocked: Blocked) -> None:
     assert bytes(buffer) == b"released"
 
 
-def test_handlers_that_raise_lose_nothing(make_ring: MakeRing, fd: int, memory: mmap.mmap) -> None:
-    """A storm of raising handlers during a busy loop: every tag still comes back once."""
+@can_wait
+def test_a_handler_may_raise_when_there_are_answers(blocked: Blocked) -> None:
+    """What has finished by the time that the handler raises is returned by the next reap."""
+    ring, _ = blocked.start()
+
+    def stop() -> None:
+        blocked.let_go()
+        raise Stop
+
+    with pytest.raises(Stop), alarm(stop):
+        ring.reap(-1)
+    assert reap_all(ring) == {"blocked": 8}
+
+
+@pytest.mark.parametrize("kind", ["threads-4", "threads-0"])
+def test_handlers_that_raise_anywhere_lose_nothing(make_ring: MakeRing, fd: int, memory: mmap.mmap) -> None:
+    """The Python ring can be interrupted between any two calls of its own: every tag still comes back once."""
     ring = make_ring(8)
     pieces = blocks(memory)
+    raised = 0
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if frame is not None and "reap" in frame.f_code.co_name:
+    def stop(frame: FrameType | None) -> None:
+        nonlocal raised
+        if frame is not None and frame.f_code.co_filename == threads.__file__:
+            raised += 1
             raise Stop
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
     seen: list[object] = []
-    count = 2000
-    try:
-        for index in range(count):
-            where = index % BLOCKS
-            ring.queue(READ, fd, (pieces[where],), where * BLOCK, BLOCK, 0, index)
-
-        def reap_once() -> None:
-            answers = None
-            try:
-                answers = ring.reap(-1)
-            except Stop:
-                pass
-            if answers is not None:
-                seen.extend(tag for tag, _ in answers)
-
-        while ring.in_flight:
-            with contextlib.suppress(Stop):
-                reap_once()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    rounds = 0
+    with signals(stop, 0.0005):
+        while raised < 20:
+            for where, piece in enumerate(pieces):
+                while True:
+                    try:
+                        ring.queue(READ, fd, (piece,), where * BLOCK, BLOCK, 0, rounds * BLOCKS + where)
+                        break
+                    except Stop:
+                        pass
+            rounds += 1
+            while len(seen) < rounds * BLOCKS:
+                try:
+                    answers = ring.reap(-1)
+                except Stop:
+                    continue
+                seen += answers
     assert ring.in_flight == 0
-    assert sorted(seen) == list(range(count))  # type: ignore[type-var]
+    assert sorted(seen) == [(index, BLOCK) for index in range(rounds * BLOCKS)]  # type: ignore[type-var]
 
 
 # --- batches ---------------------------------------------------------------------------------------
 
 
-def int64s(values: object) -> array.array[int]:
-    return array.array("q", values)  # type: ignore[arg-type]
+def int64s(values: Iterable[int]) -> array.array[int]:
+    return array.array("q", values)
 
 
 @pytest.mark.parametrize("depth", [1, 7, 32, 1000])
@@ -845,6 +892,7 @@ def test_batch_is_the_same_as_one_by_one(
     assert outcomes[0] == outcomes[1]
 
 
+@can_wait
 def test_a_handler_may_raise_in_a_batch(blocked: Blocked) -> None:
     """Nothing more is begun, what is under way comes back, then the exception leaves."""
     ring = blocked.make_ring()

@@ -55,7 +55,8 @@ class Bio:
     flags      `BioFlags` as a plain int
     error      0, or a positive errno; set by the device
     done_bytes bytes transferred from the start. It may be short of `length` without an error: at
-               the device's end, or because the kernel did a part; `dio.blockdev` resumes (F04)
+               the device's end, or because the kernel did a part; `dio.piece` resumes (F04).
+               Without a meaning for FLUSH, DISCARD and ZERO
     end        called by whoever dispatches completions, once, with the bio; None: nobody waits
     private    the submitter's own; devices and filters leave it alone
     """

@@ -50,6 +50,7 @@ class CachedFileDevice:
     limits = CACHED_LIMITS
 
     def __init__(self, fd: int, *, workers: int = 0) -> None:
+        self._event_fd: int | None = None
         self.fd = fd
         self.uses_dontcache = True  # until the kernel refuses it
         self._workers = workers
@@ -58,7 +59,8 @@ class CachedFileDevice:
         self._running = 0
         self._pool: ThreadPoolExecutor | None = None
         self._condition = threading.Condition()
-        self._event_fd: int | None = None
+        # Pages that were read ahead are nobody's to drop.
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     @property
     def size_bytes(self) -> int:
@@ -68,7 +70,8 @@ class CachedFileDevice:
     @property
     def in_flight(self) -> int:
         """Bios submitted that `poll` has not yet returned."""
-        return len(self._queued) + self._running + len(self._finished)
+        with self._condition:
+            return len(self._queued) + self._running + len(self._finished)
 
     def submit(self, bio: Bio) -> None:
         """Queue `bio`."""
@@ -81,8 +84,8 @@ class CachedFileDevice:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="odirect-cached")
         while self._queued:
-            bio = self._queued.popleft()
             with self._condition:
+                bio = self._queued.popleft()
                 self._running += 1
             self._pool.submit(self._work, bio)
 
@@ -118,9 +121,15 @@ class CachedFileDevice:
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
-        if self._event_fd is not None:
-            os.close(self._event_fd)
-            self._event_fd = None
+        self._close_event_fd()
+
+    def __del__(self) -> None:
+        self._close_event_fd()
+
+    def _close_event_fd(self) -> None:
+        event_fd, self._event_fd = self._event_fd, None
+        if event_fd is not None:
+            os.close(event_fd)
 
     def _work(self, bio: Bio) -> None:
         self._perform(bio)
@@ -144,12 +153,12 @@ class CachedFileDevice:
                 bio.error = -min(0, fallocate(self.fd, mode | _KEEP_SIZE, bio.addr, bio.length))
         except OSError as error:
             bio.error = error.errno or errno.EIO
+        except (BufferError, TypeError, ValueError):  # not memory, or memory that was released (B08)
+            bio.error = errno.EFAULT
 
     def _read(self, bio: Bio) -> None:
         flags = RWF_NOWAIT if bio.flags & NOWAIT else 0
-        bio.done_bytes = self._dontcache(
-            lambda extra: os.preadv(self.fd, bio.segments, bio.addr, flags | extra)
-        )
+        bio.done_bytes = self._dontcache(lambda extra: os.preadv(self.fd, bio.segments, bio.addr, flags | extra))
         self._drop(bio.addr, bio.done_bytes)
 
     def _write(self, bio: Bio) -> None:
@@ -159,9 +168,7 @@ class CachedFileDevice:
         if bio.flags & PREFLUSH:
             os.fdatasync(self.fd)
         flags = (RWF_NOWAIT if bio.flags & NOWAIT else 0) | (RWF_DSYNC if bio.flags & FUA else 0)
-        bio.done_bytes = self._dontcache(
-            lambda extra: os.pwritev(self.fd, bio.segments, bio.addr, flags | extra)
-        )
+        bio.done_bytes = self._dontcache(lambda extra: os.pwritev(self.fd, bio.segments, bio.addr, flags | extra))
         if bio.done_bytes and not bio.flags & FUA:
             # Not a promise of durability (no cache is flushed), but the device's error is seen.
             answer = sync_file_range(self.fd, bio.addr, bio.done_bytes, _WAIT_AND_WRITE)
@@ -182,8 +189,10 @@ class CachedFileDevice:
         return call(0)
 
     def _drop(self, offset: int, length: int) -> None:
-        if length and not self.uses_dontcache:
-            # The kernel drops whole pages only, so a page that is touched in part is named in full.
+        if length:
+            # RWF_DONTCACHE spares the cache meanwhile, but leaves pages that it did not make, or that were
+            # written back by somebody else. The kernel drops whole pages only, so a page that is touched
+            # in part is named in full.
             start = align_down(offset, mmap.PAGESIZE)
             end = align_up(offset + length, mmap.PAGESIZE)
             os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -62,7 +62,12 @@ class BlockDevice(Protocol):
         ...
 
     def submit(self, bio: Bio) -> None:
-        """Queue `bio`. Never blocks, never calls back; a refusal comes back from `poll` as its error."""
+        """Queue `bio`, which is submitted once. Never blocks, never calls back.
+
+        What the device refuses comes back from `poll` as the bio's error. Memory that cannot be
+        used (read-only for a READ, not contiguous, released) may raise ValueError, TypeError or
+        BufferError here instead; nothing is queued then (B08).
+        """
         ...
 
     def commit(self) -> None:
@@ -79,7 +84,10 @@ class BlockDevice(Protocol):
 
     @property
     def in_flight(self) -> int:
-        """Bios submitted that `poll` has not yet returned."""
+        """0 if nothing that was submitted is still to come from `poll`.
+
+        Else how many are, with those of others that share what is below.
+        """
         ...
 
     def wakeup_fd(self) -> int | None:

@@ -103,9 +103,11 @@ class RingQueue:
 
     def close(self) -> None:
         """Wait for everything in flight and close the rings."""
-        self.ring.close()
-        if self._polled is not None:
-            self._polled.close()
+        try:
+            self.ring.close()
+        finally:
+            if self._polled is not None:
+                self._polled.close()
 
     def _settle(self, answers: list[tuple[object, int]]) -> list[Bio]:
         finished: list[Bio] = []

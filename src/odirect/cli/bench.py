@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from odirect.base.errors import NotDirectError, UnsupportedError, from_errno
-from odirect.base.units import KIB, MIB, format_bytes, parse_bytes
+from odirect.base.units import KIB, MIB, format_bytes
+from odirect.cli import common
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from odirect.benchmark import Cache, Measured, Work
+    from odirect.dio.outcome import Outcome, Tally
     from odirect.files import File
 
 _KINDS = ("read", "write", "randread", "randwrite")
@@ -29,26 +27,14 @@ _BATCH_BELOW = 64 * KIB
 _RUNTIME_SECONDS = 5.0
 
 
-def _size(text: str) -> int:
-    """The number of bytes that an option says: 4096, 4k, 1M, 2GiB."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _positive_size(text: str) -> int:
-    count = _size(text)
-    if not count:
-        raise click.BadParameter(f"{text} is no bytes at all")
-    return count
-
-
-@click.command(name="bench", context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("file", type=click.Path())
+@click.command("bench")
+@common.path_argument(name="file", metavar="FILE")
 @click.option("--rw", type=click.Choice(_KINDS), default="read", show_default=True, help="What to do.")
 @click.option(
-    "--bs", type=_positive_size, metavar="BYTES", help="Bytes of one request.  [default: 4k at random, 1M in sequence]"
+    "--bs",
+    type=common.Size(least=1),
+    metavar="SIZE",
+    help="Bytes of one request.  [default: 4k at random, 1M in sequence]",
 )
 @click.option(
     "--iodepth",
@@ -68,11 +54,13 @@ def _positive_size(text: str) -> int:
 @click.option("--number", type=click.IntRange(1), metavar="N", help="Requests that each job makes.")
 @click.option(
     "--size",
-    type=_positive_size,
-    metavar="BYTES",
+    type=common.Size(least=1),
+    metavar="SIZE",
     help="Length of the range that is used; a file that does not exist is made so long.  [default: up to the end]",
 )
-@click.option("--offset", type=_size, metavar="BYTES", default="0", show_default=True, help="Where that range starts.")
+@click.option(
+    "--offset", type=common.Size(), metavar="SIZE", default=0, show_default=True, help="Where that range starts."
+)
 @click.option(
     "--engine",
     type=click.Choice(_ENGINES),
@@ -95,6 +83,7 @@ def _positive_size(text: str) -> int:
 @click.option("--dsync", is_flag=True, help="Every write is durable before it counts.")
 @click.option("--end-sync", is_flag=True, help="Sync at the end, within the time that is measured.")
 @click.option("--hipri", is_flag=True, help="Poll the device for completions, where it can be polled.")
+@click.option("--huge-pages", is_flag=True, help="Have the memory in huge pages, which a device takes faster.")
 @click.option(
     "--seed", type=click.IntRange(0), metavar="N", help="For the offsets and the data.  [default: a new one, printed]"
 )
@@ -120,6 +109,7 @@ def command(
     dsync: bool,
     end_sync: bool,
     hipri: bool,
+    huge_pages: bool,
     seed: int | None,
     require_direct: bool,
     compare: bool,
@@ -133,6 +123,12 @@ def command(
 
     What was measured is printed with the outcome of every request: one that was not direct says
     why. Ctrl-C ends the measuring, and what there is by then is printed.
+
+    \b
+    Examples:
+      odirect bench data.bin --rw randread --bs 4k --iodepth 32 --require-direct
+      odirect bench data.bin --compare
+      odirect bench new.bin --rw write --size 1G --end-sync
     """
     is_random = rw.startswith("rand")
     bs = bs or (4 * KIB if is_random else MIB)
@@ -175,6 +171,7 @@ def command(
                 access=access,
                 dsync=dsync,
                 hipri=hipri,
+                huge=huge_pages,
                 end_sync=end_sync or compare,
             )
             for job in range(jobs)
@@ -209,12 +206,12 @@ def command(
         }
         if compare:
             told["compare"] = {cache.value: _figures(figures) for cache, figures in measured.items()}
-        click.echo(json.dumps(told, indent=2))
+        common.print_json(told)
     else:
         shown = ", ".join(name for name, has in features._asdict().items() if has)
         lines = [
             f"{rw} of {format_bytes(bs)}, {iodepth} in flight, {jobs} {'job' if jobs == 1 else 'jobs'}, "
-            f"in {format_bytes(usable)} of {file}",
+            f"in {format_bytes(usable)} of {common.shown(file)}",
             f"engine {engine}, ring {kind}{f' ({shown})' if shown else ''}, seed {seed}",
         ]
         _print({cache.value: figures for cache, figures in measured.items()}, lines, notes)
@@ -363,59 +360,40 @@ def _figures(measured: Measured) -> dict[str, Any]:
                 "operations": tally.operations,
                 "bytes": tally.bytes,
             }
-            for outcome, tally in sorted(measured.outcomes.items(), key=lambda item: -item[1].operations)
+            for outcome, tally in _by_number(measured)
         ],
     }
 
 
 def _print(measured: dict[str, Measured], lines: list[str], notes: list[str]) -> None:
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    for line in lines:
-        console.print(line, markup=False)
-    console.print()
-    console.print(_table_of_figures(measured))
-    console.print(_table_of_outcomes(measured))
-    if any(figures.latencies is None for figures in measured.values()):
-        notes = [*notes, "The engine batch does not see single requests, so it has no latencies."]
-    for note in notes:
-        console.print(note, markup=False)
-
-
-def _table_of_figures(measured: dict[str, Measured]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
     seen = any(figures.latencies is not None for figures in measured.values())
-    for heading in ("throughput", "ops/s", "CPU µs/op", *(("p50 µs", "p90 µs", "p99 µs", "max µs") if seen else ())):
-        table.add_column(heading, justify="right", no_wrap=True)
+    percentiles = ("p50", "p90", "p99", "max") if seen else ()
+    speeds = [["", "throughput", "ops/s", "CPU µs/op", *(f"{name} µs" for name in percentiles)]]
+    outcomes = [["", "outcome", "operations", "bytes", "seconds"]]
     for name, figures in measured.items():
         told = _figures(figures)
         latency = told["latency_us"]
-        row = [
-            f"{format_bytes(told['bytes_per_second'])}/s",
-            f"{told['iops']:,.0f}",
-            f"{told['cpu_us_per_op']:.2f}",
-        ]
-        if latency is not None:
-            row += [f"{latency[key]:,.0f}" for key in ("p50", "p90", "p99", "max")]
-        table.add_row(name, *row)
-    return table
-
-
-def _table_of_outcomes(measured: dict[str, Measured]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
-    table.add_column("outcome")
-    for heading in ("operations", "bytes", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, figures in measured.items():
+        speeds.append(
+            [
+                name,
+                f"{format_bytes(told['bytes_per_second'])}/s",
+                f"{told['iops']:,.0f}",
+                f"{told['cpu_us_per_op']:.2f}",
+                *(f"{latency[percentile]:,.0f}" for percentile in percentiles if latency is not None),
+            ]
+        )
         seconds = f"{figures.seconds:.2f}"
-        for outcome, tally in sorted(figures.outcomes.items(), key=lambda item: -item[1].operations):
-            table.add_row(name, str(outcome), f"{tally.operations:,}", format_bytes(tally.bytes), seconds)
+        for outcome, tally in _by_number(figures):
+            outcomes.append([name, str(outcome), f"{tally.operations:,}", format_bytes(tally.bytes), seconds])
             name = seconds = ""
-    return table
+    lines += ["", *common.columns(speeds, indent="", right=range(1, 8))]
+    lines += ["", *common.columns(outcomes, indent="", right=(2, 3, 4))]
+    if not all(figures.latencies is not None for figures in measured.values()):
+        notes = [*notes, "The engine batch does not see single requests, so there are no latencies."]
+    for line in [*lines, *notes]:
+        click.echo(line)
+
+
+def _by_number(measured: Measured) -> list[tuple[Outcome, Tally]]:
+    """The outcomes, the most frequent first."""
+    return sorted(measured.outcomes.items(), key=lambda item: -item[1].operations)

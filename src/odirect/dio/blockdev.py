@@ -88,15 +88,15 @@ async def transfer(
         flags &= ~FUA
         flush_after = True
 
-    if length <= limits.max_bio_bytes and len(segments) <= limits.max_segments:
+    if flags & NOWAIT:
+        count = await _one_by_one(device, op, offset, segments, length, flags, limits, refused)
+    elif length <= limits.max_bio_bytes and len(segments) <= limits.max_segments:
         bio = Bio(op, offset, segments, length, flags)
         await run(device, bio)
         if bio.done_bytes == length and not bio.error:
             count = length
         else:
             count = await _finish_by_tracker(device, bio, refused)
-    elif flags & NOWAIT:
-        count = await _one_by_one(device, op, offset, segments, length, flags, limits)
     else:
         tracker = _take_tracker()
         try:
@@ -231,6 +231,8 @@ class _Tracker:
             self._moved = Event()
             try:
                 await shielded(self._moved)
+            except GeneratorExit:
+                raise  # Thrown away: nobody will run it again.
             except BaseException as error:
                 self._fail(error)
 
@@ -265,9 +267,9 @@ class _Tracker:
         self._outstanding -= 1
         before = piece.done
         piece.done = max(before, start + bio.done_bytes)
-        if bio.error and not (bio.error in _TRANSIENT and not bio.flags & NOWAIT):
+        if bio.error and bio.error not in _TRANSIENT:
             self._judge_error(piece, bio)
-        elif piece.done < piece.length and not bio.flags & NOWAIT:
+        elif piece.done < piece.length:
             self._resume(piece, bio, progressed=piece.done > before)
         self._moved.fire()
 
@@ -282,7 +284,7 @@ class _Tracker:
         self._fail(from_errno(bio.error, f"{_VERB[self._op]} {bio.length} bytes at {bio.addr}"))
 
     def _resume(self, piece: _Piece, bio: Bio, *, progressed: bool) -> None:
-        """Go on after a short transfer, at an aligned byte: a part of a block is moved again (F04)."""
+        """Go on after a short transfer, where it is aligned: a part of a block is moved again (F04)."""
         device = self._device
         if device is None:
             raise RuntimeError("the tracker is not in use")
@@ -291,14 +293,22 @@ class _Tracker:
             return  # The end of the file, told from a short transfer by its size.
         piece.stalls = 0 if progressed else piece.stalls + 1
         if piece.stalls > _MOST_STALLS:
-            self._fail(
-                DeviceError(f"{_VERB[self._op]} at {reached}: the device moves nothing and gives no error")
-            )
+            self._fail(DeviceError(f"{_VERB[self._op]} at {reached}: the device moves nothing and gives no error"))
             piece.error = errno.EIO
             return
         limits = device.limits
         unit = limits.read_align if self._op == READ else limits.write_align
-        self._submit(piece, align_down(reached, unit) - piece.offset)
+        self._submit(piece, _restart(piece, max(unit, limits.memory_align)))
+
+
+def _restart(piece: _Piece, unit: int) -> int:
+    """The last byte of `piece`, not past what was moved, that is aligned on the device and in memory."""
+    start = 0
+    for segment in piece.segments:
+        if piece.done < start + len(segment):
+            return start + align_down(piece.done - start, unit)
+        start += len(segment)
+    return start
 
 
 def split(
@@ -330,8 +340,6 @@ def split(
 
 
 async def _finish_by_tracker(device: BlockDevice, bio: Bio, refused: Refused | None) -> int:
-    if bio.flags & NOWAIT and bio.error == errno.EAGAIN:
-        raise from_errno(errno.EAGAIN, f"{_VERB[bio.op]} {bio.length} bytes at {bio.addr}")
     tracker = _take_tracker()
     try:
         return await tracker.adopt(device, bio, refused)
@@ -347,20 +355,27 @@ async def _one_by_one(
     length: int,
     flags: int,
     limits: Limits,
+    refused: Refused | None,
 ) -> int:
-    """NOWAIT over several bios: one after the other, so that what was done is a true prefix (F08)."""
+    """NOWAIT: one bio after the other, none resumed, so that what was done is a true prefix (F08)."""
     unit = limits.read_align if op == READ else limits.write_align
     count = 0
     for start, parts, size in split(segments, length, limits, unit):
         bio = Bio(op, offset + start, parts, size, flags)
         await run(device, bio)
         count += bio.done_bytes
-        if bio.error:
-            if count:
-                break
-            raise from_errno(bio.error, f"{_VERB[op]} {size} bytes at {offset + start}")
-        if bio.done_bytes < size:
+        if bio.done_bytes == size and not bio.error:
+            continue
+        if count:
             break
+        if bio.error in _REFUSALS and refused is not None:
+            refused.append((0, length))
+            break
+        inside = op != READ or offset < device.size_bytes
+        error = bio.error or (errno.EAGAIN if inside else 0)
+        if error:
+            raise from_errno(error, f"{_VERB[op]} {size} bytes at {offset}")
+        break
     return count
 
 
@@ -407,6 +422,8 @@ def _take_tracker() -> _Tracker:
 
 
 def _give_tracker(tracker: _Tracker) -> None:
+    if tracker._outstanding:
+        return  # Its request was thrown away; the bios in flight still know it.
     tracker._reset()
     if len(_trackers) < _RESERVE:
         _trackers.append(tracker)

@@ -9,11 +9,11 @@ changed and written back here, under a range lock that all writers of the device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
-from odirect.base.errors import WouldBlockError
+from odirect.base.errors import NoSpaceError, WouldBlockError
 from odirect.base.units import align_down, align_up
 from odirect.block.bio import FUA, NOWAIT, READ, WRITE
 from odirect.block.buffers import (
@@ -27,6 +27,7 @@ from odirect.block.buffers import (
 from odirect.block.device import BlockDevice, Limits
 from odirect.dio.blockdev import Refused, transfer
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, worst
+from odirect.dio.write_order import WriteOrder
 from odirect.sched.locks import RangeLock
 from odirect.sched.traps import gather, this_scheduler
 
@@ -39,14 +40,16 @@ _WORKERS = 4
 class Route(NamedTuple):
     """Where a request may go.
 
-    twin: takes any bytes, merges parts of blocks by itself. lock: needed where there is no twin;
-    shared by everybody who writes to the device.
+    twin: takes any bytes, merges parts of blocks by itself. order: needed where there is a twin;
+    shared by all who write to the two. lock: needed where there is none; shared by everybody who
+    writes to the device.
     """
 
     device: BlockDevice
     pool: BufferPool
     twin: BlockDevice | None = None
     lock: RangeLock | None = None
+    order: WriteOrder | None = None
 
 
 class Moved(NamedTuple):
@@ -135,6 +138,9 @@ async def write(
     promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
     if not length:
         return Moved(0, Outcome(Kind.DIRECT, promise=promise))
+    if offset >= end:
+        raise NoSpaceError(f"writing {length} bytes at {offset}: the device ends at {end}")
+    length = min(length, end - offset)
     limits = route.device.limits
     unit = limits.write_align if route.twin is not None else max(limits.read_align, limits.write_align)
     done = 0
@@ -142,7 +148,7 @@ async def write(
     parts = _plan(limits, unit, offset, segments, length)
     if flags & NOWAIT:
         parts = _without_waiting(parts, offset)
-    for part in parts:
+    for number, part in enumerate(parts):
         runs = slice_segments(segments, part.start, part.length)
         at = offset + part.start
         own = None if refused is None else Refused()
@@ -154,8 +160,11 @@ async def write(
             outcome = worst(outcome, Outcome(Kind.BOUNCED, part.reason, promise))
         done += got
         if own:
+            # What follows is left to the other way too: it must not be there before what was refused (F03).
             _collect(refused, own, part.start)
-        elif got < part.length:
+            _collect(refused, ((later.start, later.length) for later in parts[number + 1 :]), 0)
+            break
+        if got < part.length:
             break
     return Moved(done, outcome or Outcome(Kind.DIRECT, promise=promise))
 
@@ -249,37 +258,61 @@ async def _bounced_write(
     """Write from a private copy; the parts of blocks at either end are merged."""
     chunks = _chunks(offset, offset + length, route.pool.chunk_bytes)
     got = [0] * len(chunks)
+    untried = dict(enumerate(chunks))
 
     async def one(number: int) -> bool:
-        start, stop = chunks[number]
+        start, stop = untried.pop(number)
         own = None if refused is None else Refused()
         with await route.pool.take() as lease:
-            # The copy lies in the buffer as the data will lie in its blocks: the body is aligned.
-            view = lease.view[start % unit : start % unit + stop - start]
-            gather_bytes(view, slice_segments(segments, start - offset, stop - start))
-            got[number] = await _copied_write(route, start, view, end, flags, unit, own)
+            copy = _copy(lease.view, slice_segments(segments, start - offset, stop - start), start, stop, unit)
+            got[number] = await _copied_write(route, start, copy, end, flags, unit, own)
         if own:
             _collect(refused, own, start - offset)
         return got[number] == stop - start
 
     await _in_turn(one, len(chunks), 1 if ordered else _WORKERS)
-    return _prefix(got, chunks)
+    if not refused:
+        return _prefix(got, chunks)
+    _collect(refused, ((start - offset, stop - start) for start, stop in untried.values()), 0)
+    return sum(got)
+
+
+class _Copy(NamedTuple):
+    """Private copies of the part of a block at the head, the whole blocks, and the part at the tail."""
+
+    head: memoryview
+    body: memoryview
+    tail: memoryview
+
+
+def _copy(buffer: memoryview, segments: Sequence[memoryview], start: int, stop: int, unit: int) -> _Copy:
+    """A copy, in `buffer`, of what goes to device bytes [start, stop); the whole blocks lie at its beginning, aligned."""
+    length = stop - start
+    head = min(length, align_up(start, unit) - start)
+    body = align_down(length - head, unit)
+    copy = _Copy(buffer[length - head : length], buffer[:body], buffer[body : length - head])
+    gather_bytes(copy.head, slice_segments(segments, 0, head))
+    gather_bytes(copy.body, slice_segments(segments, head, body))
+    gather_bytes(copy.tail, slice_segments(segments, head + body, length - head - body))
+    return copy
 
 
 async def _copied_write(
-    route: Route, offset: int, view: memoryview, end: int, flags: int, unit: int, refused: Refused | None
+    route: Route, offset: int, copy: _Copy, end: int, flags: int, unit: int, refused: Refused | None
 ) -> int:
-    """Write a private copy: the part of a block at its head, the whole blocks, the part at its tail."""
-    length = len(view)
-    head = min(length, align_up(offset, unit) - offset)
-    body = align_down(length - head, unit)
+    """Write a private copy in order; what follows a refused body is refused with it."""
+    head, body, tail = copy
+    own = None if refused is None else Refused()
     done = 0
     if head:
-        done = await _merge(route, offset, view[:head], end, flags, unit)
-    if body and done == head:
-        done += await _direct_write(route, offset + head, [view[head : head + body]], body, end, flags, True, refused)
-    if head + body < length and (done == head + body or refused):
-        done += await _merge(route, offset + head + body, view[head + body :], end, flags, unit)
+        done = await _merge(route, offset, head, end, flags, unit)
+    if body and done == len(head):
+        done += await _direct_write(route, offset + done, [body], len(body), end, flags, True, own)
+    if own:
+        _collect(refused, own, len(head))
+        _collect(refused, [(0, len(tail))] if tail else [], len(head) + len(body))
+    elif tail and done == len(head) + len(body):
+        done += await _merge(route, offset + done, tail, end, flags, unit)
     return done
 
 
@@ -293,8 +326,12 @@ async def _direct_write(
     ordered: bool,
     refused: Refused | None,
 ) -> int:
-    lock = route.lock if route.lock is not None else RangeLock()
-    with await lock.hold(offset, length, shared=True):
+    if route.order is not None:
+        held = await route.order.direct(offset, length)
+    else:
+        lock = route.lock if route.lock is not None else RangeLock()
+        held = await lock.hold(offset, length, shared=True)
+    with held:
         return await transfer(
             route.device, WRITE, offset, runs, length, flags=flags, end=end, ordered=ordered, refused=refused
         )
@@ -303,7 +340,9 @@ async def _direct_write(
 async def _merge(route: Route, offset: int, view: memoryview, end: int, flags: int, unit: int) -> int:
     """Write a part of one block, leaving the rest of the block as it is; the bytes written."""
     if route.twin is not None:
-        return await transfer(route.twin, WRITE, offset, [view], len(view), flags=flags, end=end)
+        order = route.order if route.order is not None else WriteOrder()
+        with await order.merge(offset, len(view)):
+            return await transfer(route.twin, WRITE, offset, [view], len(view), flags=flags, end=end)
     start = align_down(offset, unit)
     lock = route.lock if route.lock is not None else RangeLock()
     with await lock.hold(start, unit):
@@ -319,16 +358,19 @@ async def _in_turn(one: Callable[[int], Coroutine[Any, Any, bool]], number: int,
     """Do one(0), one(1), ... with at most `workers` at once; start no more after one that is False."""
     turns = iter(range(number))
     going = True
+    first: BaseException | None = None
 
     async def work() -> None:
-        nonlocal going
-        for turn in turns:
-            if not going:
+        nonlocal going, first
+        while going:
+            turn = next(turns, None)
+            if turn is None:
                 return
             try:
                 whole = await one(turn)
-            except BaseException:
+            except BaseException as error:
                 going = False
+                first = first or error
                 raise
             going = going and whole
 
@@ -336,7 +378,12 @@ async def _in_turn(one: Callable[[int], Coroutine[Any, Any, bool]], number: int,
         await work()
         return
     scheduler = await this_scheduler()
-    await gather(*[scheduler.spawn(work()) for _ in range(min(workers, number))])
+    try:
+        await gather(*[scheduler.spawn(work()) for _ in range(min(workers, number))])
+    except Exception as error:
+        if first is None or first is error:
+            raise
+        raise first from None  # The first error to come, not the first worker's (B04).
 
 
 def _prefix(got: Sequence[int], chunks: Sequence[tuple[int, int]]) -> int:
@@ -349,6 +396,6 @@ def _prefix(got: Sequence[int], chunks: Sequence[tuple[int, int]]) -> int:
     return count
 
 
-def _collect(refused: Refused | None, own: Refused, start: int) -> None:
+def _collect(refused: Refused | None, own: Iterable[tuple[int, int]], start: int) -> None:
     if refused is not None:
         refused.extend((start + at, size) for at, size in own)

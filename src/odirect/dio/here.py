@@ -30,7 +30,7 @@ class Here:
 
     def __init__(self) -> None:
         self.queue = RingQueue(thread_ring(), open_polled=lambda: open_ring(iopoll=True))
-        self.pool = BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS)
+        self.pool = BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS, ring=self.queue.ring)
         self.scheduler = Scheduler()
         self.scheduler.add_device(self.queue)
         self._driver = SyncDriver(self.scheduler)

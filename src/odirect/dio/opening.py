@@ -29,12 +29,15 @@ _MODES = {
     "a+": os.O_RDWR | os.O_CREAT,
 }
 
+_NOT_A_FILE = "not a regular file or block device; direct I/O has no meaning here"
+
 
 @dataclasses.dataclass(slots=True)
 class Opened:
     """Descriptors of one open file, and what is known of it.
 
-    direct_fd is -1 where the kernel refused O_DIRECT at open. `close` closes both.
+    direct_fd is -1 where the kernel refused O_DIRECT at open. `close` closes both, and so does being
+    thrown away.
     """
 
     direct_fd: int
@@ -52,10 +55,15 @@ class Opened:
 
     def close(self) -> None:
         """Close the descriptors. Twice is harmless."""
-        for fd in (self.direct_fd, self.cached_fd):
+        fds = (self.direct_fd, self.cached_fd)
+        self.direct_fd = self.cached_fd = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self.direct_fd = self.cached_fd = -1
+
+    def __del__(self) -> None:
+        # An event loop that was closed in mid-flight leaves nobody else to do it.
+        self.close()
 
 
 def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: bool = False) -> Opened:
@@ -68,11 +76,13 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     kernel's answers as PathErrors.
     """
     plain = _plain_mode(mode)
-    flags = _MODES[plain] | os.O_CLOEXEC
+    flags = _MODES[plain] | os.O_CLOEXEC | os.O_NOCTTY
     shown = os.fspath(path)
     try:
         cached_fd = _open_unblocked(path, flags)
     except OSError as error:
+        if error.errno == errno.ENXIO and not _is_block_device(path):
+            raise UnsupportedError(_NOT_A_FILE, path=shown) from error  # a pipe that nobody reads, a socket
         raise from_errno(error.errno or errno.EIO, "opening", shown) from error
     opened = Opened(
         -1,
@@ -104,7 +114,7 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
         raise DirectoryError("a directory cannot be opened as a file", path=state.path)
     state.is_block = stat.S_ISBLK(status.st_mode)
     if not state.is_block and not stat.S_ISREG(status.st_mode):
-        raise UnsupportedError("not a regular file or block device; direct I/O has no meaning here", path=state.path)
+        raise UnsupportedError(_NOT_A_FILE, path=state.path)
     if opened.writable and not overwrite_in_use:
         check_unused(opened.cached_fd, what="write to")
     again = flags & ~(os.O_CREAT | os.O_EXCL) | os.O_DIRECT
@@ -127,8 +137,18 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
             state.cached[READ] = Reason.CACHED_BY_FS
         if not support.writes:
             state.cached[WRITE] = Reason.CACHED_BY_FS
+        if strict:
+            # What the cache would serve is refused, then, on the short ways too.
+            state.refused = dict(state.cached)
     if plain[0] == "w" and not state.is_block:
         os.ftruncate(opened.cached_fd, 0)
+
+
+def _is_block_device(path: Path) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _plain_mode(mode: str) -> str:

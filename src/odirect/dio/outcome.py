@@ -114,4 +114,4 @@ class Tallies:
 
     def totals(self) -> dict[Outcome, Tally]:
         """Operations and bytes for each outcome that there was."""
-        return {outcome: Tally(*counts) for outcome, counts in self._counts.items()}
+        return {outcome: Tally(*counts) for outcome, counts in list(self._counts.items())}

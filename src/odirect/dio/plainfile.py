@@ -28,6 +28,7 @@ from odirect.dio import blockdev, bounce
 from odirect.dio.blockdev import Refused, check_aligned
 from odirect.dio.bounce import Moved, Route
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, worst
+from odirect.dio.write_order import WriteOrder
 from odirect.sched.locks import Mutex
 
 # When the kernel refuses what it said that it takes, these are tried before direct I/O is given up.
@@ -51,6 +52,11 @@ class FileState:
     refused: dict[int, Reason] = dataclasses.field(default_factory=dict)
     cached: dict[int, Reason] = dataclasses.field(default_factory=dict)
     failed_sync: str | None = None
+
+    def remember_failed_sync(self, error: BaseException) -> None:
+        """A sync, or a write that was to be durable, has failed: the first of them is kept."""
+        if self.failed_sync is None:
+            self.failed_sync = str(error)
 
     def check_sync(self) -> None:
         """Raise StickySyncError if a sync has failed: what was written before may be lost (F41)."""
@@ -80,6 +86,7 @@ class PlainFile:
     ) -> None:
         self.state = state
         self.strict = strict
+        self.order = WriteOrder()
         self._direct = direct
         self._cached = cached
         self._pool = pool
@@ -103,7 +110,7 @@ class PlainFile:
             end = self.size_bytes
             if direct is None:
                 return await self._through_cache(READ, offset, segments, length, flags, end)
-            route = Route(direct, self._pool, self._cached)
+            route = Route(direct, self._pool, self._cached, order=self.order)
             refused = None if self.strict else Refused()
             moved = await bounce.read(route, offset, segments, length, end=end, flags=flags, refused=refused)
             if not refused:
@@ -121,9 +128,7 @@ class PlainFile:
             if self.state.is_block:
                 return await self._write(offset, segments, length, flags, self.size_bytes, ordered=False)
             if offset + length > NO_END:
-                raise NoSpaceError(
-                    f"writing {length} bytes at {offset}: past the largest file size", errno=errno.EFBIG
-                )
+                raise NoSpaceError(f"writing {length} bytes at {offset}: past the largest file size", errno=errno.EFBIG)
             if offset + length <= self.size_bytes:
                 return await self._write(offset, segments, length, flags, NO_END, ordered=False)
             # The size must not be seen before the data below it is there (F03).
@@ -131,7 +136,7 @@ class PlainFile:
                 return await self._write(offset, segments, length, flags, NO_END, ordered=True)
         except DeviceError as error:
             if flags & FUA:
-                self._remember(error)
+                self.state.remember_failed_sync(error)
             raise
 
     async def sync(self, *, data_only: bool = False) -> None:
@@ -143,7 +148,7 @@ class PlainFile:
         try:
             await blockdev.flush(device, metadata=not data_only)
         except ODirectError as error:
-            self._remember(error)
+            self.state.remember_failed_sync(error)
             raise
 
     async def change_range(self, op: int, offset: int, length: int) -> None:
@@ -152,10 +157,6 @@ class PlainFile:
         if device is None:
             raise RuntimeError("a file needs a device")
         await blockdev.change_range(device, op, offset, length)
-
-    def _remember(self, error: BaseException) -> None:
-        if self.state.failed_sync is None:
-            self.state.failed_sync = str(error)
 
     def _device_for(self, op: int) -> BlockDevice | None:
         """The device for direct I/O, under the limits that are known by now; None if it is refused."""
@@ -188,7 +189,7 @@ class PlainFile:
         direct = self._device_for(WRITE)
         if direct is None:
             return await self._through_cache(WRITE, offset, segments, length, flags, end)
-        route = Route(direct, self._pool, self._cached)
+        route = Route(direct, self._pool, self._cached, order=self.order)
         refused = None if self.strict else Refused()
         moved = await bounce.write(
             route, offset, segments, length, end=end, flags=flags, ordered=ordered, refused=refused
@@ -215,7 +216,8 @@ class PlainFile:
         if direct is None:
             raise AtomicLimitError("an atomic write cannot go through the page cache", path=self.state.path)
         end = self.size_bytes if self.state.is_block else NO_END
-        count = await blockdev.transfer(direct, WRITE, offset, segments, length, flags=flags, end=end)
+        with await self.order.direct(offset, length):
+            count = await blockdev.transfer(direct, WRITE, offset, segments, length, flags=flags, end=end)
         promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
         return Moved(count, Outcome(Kind.DIRECT, promise=promise))
 
@@ -223,17 +225,24 @@ class PlainFile:
         self, op: int, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int
     ) -> Moved:
         if self._cached is None:
-            raise NotDirectError("direct I/O is refused, and there is no page cache to go through", path=self.state.path)
+            raise NotDirectError(
+                "direct I/O is refused, and there is no page cache to go through", path=self.state.path
+            )
         reason = self.state.refused.get(op, Reason.REFUSED)
         if op == READ:
             length = max(0, min(length, end - offset))
         if flags & NOWAIT and op == WRITE:
             raise WouldBlockError("writing without waiting: it would go through the page cache", path=self.state.path)
-        count = await blockdev.transfer(
-            self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
-        )
         promise = Promise.NONE
-        if op == WRITE:
+        if op == READ:
+            count = await blockdev.transfer(
+                self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
+            )
+        else:
+            with await self.order.merge(offset, length):
+                count = await blockdev.transfer(
+                    self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
+                )
             promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
         return Moved(count, Outcome(Kind.BUFFERED, reason, promise))
 

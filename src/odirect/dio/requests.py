@@ -8,9 +8,10 @@ goes through `dio.plainfile`.
 from __future__ import annotations
 
 import errno
+import operator
 from collections.abc import Callable
 
-from odirect.base.errors import ODirectError, from_errno
+from odirect.base.errors import DeviceError, ODirectError, from_errno
 from odirect.block.bio import ATOMIC, FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view
 from odirect.block.device import Limits
@@ -64,6 +65,8 @@ class Request:
     def finish(self, result: int) -> None:
         """The ring's answer has come. For `RingQueue`."""
         requests = self._requests
+        if self.op:
+            requests.order.quick.down()
         if result == self.length:
             requests.pending -= 1
             self.transferred = result
@@ -105,12 +108,14 @@ class Requests:
         self.pending = 0
         self.tasks = 0
         self._state = state
+        self.order = plain.order
         self._plain = plain
         self._scheduler = scheduler
         self._size_fd = size_fd
         self._flags = (flags & ~(FUA | ATOMIC), flags)
         # What atomic and polled transfers need, the general way knows.
         simple = device is not None and not flags & ATOMIC and not (flags & HIPRI and state.limits.poll)
+        simple = simple and READ not in state.refused
         self._simple = DirectHandle(device.fd if simple and device is not None else -1, 1, 1, 1)
         self._limits: Limits | None = None
         if device is not None:
@@ -127,10 +132,12 @@ class Requests:
         is no buffer; nothing is started then.
         """
         length = self._simple.fits(op, buffer, offset)
-        if length > 0 and self._limits is self._state.limits:
+        if length > 0 and self._limits is self._state.limits and (op == READ or self._can_write_now()):
             request = Request(self, op, offset, length, buffer, tag)
             self._queue(op, self._handle, (buffer,), offset, length, self._rwf[op], request)
             self.pending += 1
+            if op == WRITE:
+                self.order.quick.up()
             return request
         return self._start_general(op, offset, buffer, tag)
 
@@ -138,15 +145,30 @@ class Requests:
         """Finish, or fail, a request that the kernel did not do whole."""
         error = max(0, -result)
         waits = not self._flags[request.op] & NOWAIT
+        if result > 0 and request.op == WRITE and not waits:
+            # Going on could end in "would block", after a part was written (F08).
+            self._settle(request, result, self.expected[WRITE])
+            return
         if not error or error in _REFUSED or (error in _TRANSIENT and waits):
             self._spawn(request)
             return
-        failure = from_errno(
-            error, f"{_VERB[request.op]} {request.length} bytes at {request.offset}", self._state.path
-        )
-        if request.op == WRITE and self._flags[WRITE] & FUA and self._state.failed_sync is None:
-            self._state.failed_sync = str(failure)
+        failure = from_errno(error, f"{_VERB[request.op]} {request.length} bytes at {request.offset}", self._state.path)
+        if request.op == WRITE and self._flags[WRITE] & FUA and isinstance(failure, DeviceError):
+            self._state.remember_failed_sync(failure)
         self._fail(request, failure)
+
+    def resized(self, size: int) -> None:
+        """The file has this many bytes now: what used to be inside it may be past its end (F02)."""
+        self._simple.size_hint = size
+
+    def _can_write_now(self) -> bool:
+        """Whether a write may go on the ring by itself."""
+        state = self._state
+        return (
+            not self.order.merging
+            and WRITE not in state.refused
+            and (state.failed_sync is None or not self._flags[WRITE] & FUA)
+        )
 
     def _start_general(self, op: int, offset: int, buffer: object, tag: object) -> Request:
         limits = self._state.limits
@@ -157,6 +179,7 @@ class Requests:
             self._adopt(limits)
             if self._simple.fits(op, buffer, offset) > 0:
                 return self.start(op, offset, buffer, tag)
+        offset = operator.index(offset)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         view = as_bytes_view(buffer, writable=op == READ)
@@ -190,9 +213,12 @@ class Requests:
             if request.op in self._state.refused:
                 self._simple.fd = -1
             self.tasks -= 1
-            self.pending -= 1
-            request.transferred, request.outcome, request.exception = moved.transferred, moved.outcome, None
-            self.notify(request)
+            self._settle(request, moved.transferred, moved.outcome)
+
+    def _settle(self, request: Request, transferred: int, outcome: Outcome) -> None:
+        self.pending -= 1
+        request.transferred, request.outcome, request.exception = transferred, outcome, None
+        self.notify(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         self.pending -= 1

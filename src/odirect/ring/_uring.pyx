@@ -120,6 +120,7 @@ cdef extern from "kernel_uring.h" nogil:
     int od_register_buffers(const od_ring *ring, uint32_t count)
     int od_update_buffer(const od_ring *ring, uint32_t slot, void *address, size_t bytes)
     void od_reset_eventfd(int fd)
+    void od_signal_eventfd(int fd)
     int eventfd(unsigned count, int flags)
 
 
@@ -647,6 +648,8 @@ cdef class UringRing:
             raise RuntimeError("another reap of this ring is under way")
         if self.answers is not None:
             out, self.answers = self.answers, None
+            if self.event_fd >= 0 and self.live == 0:
+                od_reset_eventfd(self.event_fd)
             return out
         if self.live == 0:
             if self.event_fd >= 0:
@@ -702,6 +705,13 @@ cdef class UringRing:
                 if self.first != NULL:
                     self._refill()
                 if out:
+                    try:
+                        # A signal that came while we waited: its handler would else run right after
+                        # the return, and an exception of its would take the answers with it.
+                        PyErr_CheckSignals()
+                    except BaseException:
+                        self._put_by(out)
+                        raise
                     return out
             # Nothing came: a signal, the time is up, or somebody else's wake-up.
             PyErr_CheckSignals()
@@ -747,9 +757,16 @@ cdef class UringRing:
                 self.in_kernel -= 1
                 od_store(self.ring.cq_head, head)
         except BaseException:
-            self.answers = out
+            self._put_by(out)
             raise
         return out
+
+    cdef void _put_by(self, list out) noexcept:
+        """Keep answers for the next reap, and wake whoever waits for something to reap."""
+        if self.is_open:
+            self.answers = out
+            if self.event_fd >= 0:
+                od_signal_eventfd(self.event_fd)
 
     cdef void _queue_again(self, Slot *slot) noexcept:
         slot.next = NULL
@@ -790,6 +807,9 @@ cdef class UringRing:
                 close_fd(self.event_fd)
                 self.event_fd = -1
                 raise from_errno(-result, "registering an eventfd with io_uring")
+            if self.live:
+                # What has finished before this was there signals nothing any more.
+                od_signal_eventfd(self.event_fd)
         return self.event_fd
 
     # -- many at once ----------------------------------------------------------------------------
@@ -894,7 +914,7 @@ cdef class UringRing:
         cdef od_ring *ring = &self.ring
         cdef od_sqe *sqe
         cdef od_cqe *cqe
-        cdef uint32_t tail, head, to_submit, want, turns = 0
+        cdef uint32_t tail, head, to_submit, want, came, turns = 0
         cdef int result
         cdef int64_t began = od_now_ns(), offset
         while True:
@@ -933,6 +953,7 @@ cdef class UringRing:
                     od_nap()
             head = ring.head
             tail = od_load(ring.cq_tail)
+            came = tail - head
             while head != tail:
                 cqe = &ring.cqes[head & ring.cq_mask]
                 batch.results[cqe.user_data] = cqe.res
@@ -941,7 +962,8 @@ cdef class UringRing:
                 batch.in_flight -= 1
             ring.head = head
             od_store(ring.cq_head, head)
-            if result == -EINTR and not batch.stop:
+            if came == 0 and not batch.stop:
+                # A signal, most likely: an interrupted wait that had submitted something says so no other way.
                 return BATCH_LOOK
             turns += 1
             if turns & 15 == 0 and not batch.stop and od_now_ns() - began > LOOK_NS:

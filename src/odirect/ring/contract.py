@@ -49,7 +49,7 @@ class Ring(Protocol):
 
     @property
     def kind(self) -> str:
-        """"io_uring" or "threads"."""
+        """ "io_uring" or "threads"."""
         ...
 
     @property

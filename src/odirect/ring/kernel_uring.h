@@ -351,4 +351,11 @@ static inline void od_reset_eventfd(int fd)
     (void)ignored;
 }
 
+static inline void od_signal_eventfd(int fd)
+{
+    uint64_t one = 1;
+    ssize_t ignored = write(fd, &one, sizeof one);
+    (void)ignored;
+}
+
 #endif

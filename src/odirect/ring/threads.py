@@ -52,6 +52,10 @@ class _Operation:
 
     def execute(self) -> int:
         """The kernel's answer: a count or a negative errno."""
+        if self.handle < 0:
+            return -errno.EBADF  # os.fsync has a ValueError for it
+        if self.offset < 0:
+            return -errno.EINVAL  # preadv2(2) would take -1 for "the current position"
         try:
             if self.op == READ:
                 return os.preadv(self.handle, self.segments, self.offset, self.flags)
@@ -62,6 +66,8 @@ class _Operation:
                 return 0
         except OSError as error:
             return -(error.errno or errno.EIO)
+        except MemoryError:
+            return -errno.ENOMEM
         mode = _KEEP_SIZE | (_PUNCH_HOLE if self.op == DISCARD else _ZERO_RANGE)
         return _calls.fallocate(self.handle, mode, self.offset, self.length)
 
@@ -75,7 +81,6 @@ class _State:
         self.answers: list[tuple[object, int]] = []
         self.running = 0
         self.event_fd = -1
-        self.signalled = False
 
     def __del__(self) -> None:
         self.close()
@@ -88,8 +93,7 @@ class _State:
 
     def answered(self) -> None:
         """Make the eventfd readable, after something was put on `answers`."""
-        if self.event_fd >= 0 and not self.signalled:
-            self.signalled = True
+        if self.event_fd >= 0:
             os.eventfd_write(self.event_fd, 1)
 
     def reset(self) -> None:
@@ -99,9 +103,6 @@ class _State:
                 os.eventfd_read(self.event_fd)
             except BlockingIOError:
                 pass
-            # After the read: an answer that comes in between is on the list already, and one that
-            # comes after this signals anew.
-            self.signalled = False
 
     def work(self) -> None:
         """Do operations until none waits. Runs in a worker."""
@@ -204,7 +205,9 @@ class ThreadRing:
             raise ValueError(f"{op} is not an operation")
         if not -(1 << 63) <= offset < 1 << 63:
             raise OverflowError(f"offset {offset} does not fit in 64 bits")
-        self._queued.append(_Operation(op, handle, views, offset, length, flags, tag))
+        operation = _Operation(op, handle, views, offset, length, flags, tag)
+        # Queued and counted without a call in between, so that a handler sees neither or both.
+        self._queued += (operation,)
         self._given += 1
 
     def commit(self) -> None:
@@ -265,9 +268,15 @@ class ThreadRing:
             out = answers[:count]
             del answers[:count]
             self._taken += count
+        except BaseException:
+            # A handler's exception: whoever waits on the eventfd must still learn of the answers.
+            if self._state.answers:
+                self._state.answered()
+            raise
         finally:
             self._reaping = 0
             if self._closed:
+                self._state.close()
                 self._left.set()
         return out
 

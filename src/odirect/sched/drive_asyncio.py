@@ -72,8 +72,12 @@ class AsyncioDriver:
         try:
             result = await coroutine
         except BaseException as error:
-            if not future.done():
-                future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
+            if future.done() or self.loop.is_closed():
+                return
+            if isinstance(error, Exception):
+                future.set_exception(error)
+            else:
+                future.cancel()
         else:
             if not future.done():
                 future.set_result(result)
@@ -100,5 +104,3 @@ class AsyncioDriver:
         if when_ns is not None:
             delay = max(0, when_ns - self.scheduler.clock.now_ns()) / 1e9
             self._alarm = self.loop.call_later(delay, self.kick)
-
-

@@ -7,9 +7,10 @@ on. There is no helper thread.
 
 from __future__ import annotations
 
+import collections
 import select
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, MutableSequence, Sequence
 from typing import Any, TypeVar
 
 from odirect.sched.scheduler import Completion, Pollable, Scheduler, Task
@@ -29,6 +30,9 @@ class SyncDriver:
         self.lock = threading.RLock()
         self._turn = threading.Condition(self.lock)
         self._polling = False
+        self._waiting = 0
+        # Polled, but not yet told: an interrupt on the way loses nothing that a device has given.
+        self._arrived: collections.deque[Completion] = collections.deque()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns; raises what it raises.
@@ -50,21 +54,30 @@ class SyncDriver:
     def _pump(self, task: Task[T]) -> None:
         scheduler = self.scheduler
         while True:
-            scheduler.run_ready()
+            while self._arrived:
+                scheduler.dispatch((self._arrived.popleft(),))
+            if scheduler.run_ready() and self._waiting:
+                self._turn.notify_all()  # The task of somebody who waits may have ended in this thread.
             if task.done:
                 break
             scheduler.commit()
             if self._polling:
-                self._turn.wait(self._alarm_seconds())
+                self._wait_for_turn()
                 continue
             self._polling = True
             try:
-                finished = self._poll_unlocked()
+                self._poll_unlocked()
             finally:
                 self._polling = False
                 self._turn.notify_all()
-            scheduler.dispatch(finished)
         self._turn.notify_all()
+
+    def _wait_for_turn(self) -> None:
+        self._waiting += 1
+        try:
+            self._turn.wait(self._alarm_seconds())
+        finally:
+            self._waiting -= 1
 
     def _alarm_seconds(self) -> float | None:
         alarm_ns = self.scheduler.next_alarm_ns()
@@ -72,7 +85,7 @@ class SyncDriver:
             return None
         return max(0, alarm_ns - self.scheduler.clock.now_ns()) / 1e9
 
-    def _poll_unlocked(self) -> Sequence[Completion]:
+    def _poll_unlocked(self) -> None:
         timeout_ns = -1
         alarm_ns = self.scheduler.next_alarm_ns()
         if alarm_ns is not None:
@@ -80,23 +93,28 @@ class SyncDriver:
         devices = tuple(self.scheduler.devices)
         self.lock.release()
         try:
-            return poll_any(devices, timeout_ns)
+            poll_any(devices, timeout_ns, self._arrived)
         finally:
             self.lock.acquire()
 
 
-def poll_any(devices: Sequence[Pollable], timeout_ns: int) -> Sequence[Completion]:
+def poll_any(
+    devices: Sequence[Pollable], timeout_ns: int, finished: MutableSequence[Completion] | None = None
+) -> Sequence[Completion]:
     """What any of `devices` has finished; waits up to `timeout_ns` (-1: until there is something).
 
     A device that says by `in_flight` that it has nothing is left out, so that the usual case is one
-    call of one device.
+    call of one device. finished: extended and returned; what one device gave is in it although the
+    next one's `poll` is interrupted.
     """
+    if finished is None:
+        finished = []
     busy = [device for device in devices if getattr(device, "in_flight", 1)]
     if len(busy) == 1:
-        return busy[0].poll(timeout_ns)
+        finished.extend(busy[0].poll(timeout_ns))
+        return finished
     if not busy and timeout_ns < 0:
         raise Stalled("a task waits, but no device has anything in flight and no alarm is set")
-    finished: list[Completion] = []
     for device in busy:
         finished.extend(device.poll(0))
     if finished or timeout_ns == 0:

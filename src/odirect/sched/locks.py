@@ -44,7 +44,8 @@ class Held:
 
     def conflicts(self, other: Held) -> bool:
         """Whether the two cannot be held at once."""
-        return self.start < other.end and other.start < self.end and not (self.shared and other.shared)
+        overlap = max(self.start, other.start) < min(self.end, other.end)
+        return overlap and not (self.shared and other.shared)
 
     def __enter__(self) -> Held:
         return self
@@ -91,9 +92,7 @@ class RangeLock:
 
     async def hold(self, start: int, length: int, *, shared: bool = False) -> Held:
         """The range [start, start+length), held. A length of 0 conflicts with nothing."""
-        if start < 0 or length < 0:
-            raise ValueError(f"not a range: {start}+{length}")
-        held = Held(self, start, start + length, shared)
+        held = self._wish(start, length, shared)
         if self._is_free(held, self._line):
             self._held.append(held)
             return held
@@ -102,7 +101,7 @@ class RangeLock:
 
     def try_hold(self, start: int, length: int, *, shared: bool = False) -> Held | None:
         """The range, held, or None if that would have to wait."""
-        held = Held(self, start, start + length, shared)
+        held = self._wish(start, length, shared)
         if not self._is_free(held, self._line):
             return None
         self._held.append(held)
@@ -110,12 +109,17 @@ class RangeLock:
 
     def is_locked(self, start: int, length: int) -> bool:
         """Whether anybody holds any of the range. For tests (F01)."""
-        return any(held.start < start + length and start < held.end for held in self._held)
+        return any(held.conflicts(Held(self, start, start + length, False)) for held in self._held)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is held and nobody waits."""
         return not self._held and not self._line
+
+    def _wish(self, start: int, length: int, shared: bool) -> Held:
+        if start < 0 or length < 0:
+            raise ValueError(f"not a range: {start}+{length}")
+        return Held(self, start, start + length, shared)
 
     def _is_free(self, held: Held, before: list[Held]) -> bool:
         return not any(held.conflicts(other) for other in self._held) and not any(

@@ -28,6 +28,11 @@ class Alarm(Protocol):
 
     when_ns: int
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for it."""
+        ...
+
     def ring(self) -> None:
         """The time has come."""
         ...
@@ -186,20 +191,24 @@ class Scheduler:
         heapq.heappush(self._alarms, (alarm.when_ns, next(self._numbers), alarm))
 
     def next_alarm_ns(self) -> int | None:
-        """The time of the earliest alarm."""
+        """The time of the earliest alarm that somebody still waits for."""
+        while self._alarms and not self._alarms[0][2].wanted:
+            heapq.heappop(self._alarms)
         return self._alarms[0][0] if self._alarms else None
 
     def pick(self) -> Task[Any]:
         """The ready task that runs next; the simulator chooses otherwise."""
         return self.ready.popleft()
 
-    def run_ready(self) -> None:
-        """Run tasks until none is ready, and ring the alarms whose time has come."""
+    def run_ready(self) -> bool:
+        """Run tasks until none is ready, and ring the alarms whose time has come; whether any task ran."""
+        ran = False
         while True:
             while self.ready:
+                ran = True
                 self.pick().step()
             if not self._ring_alarms():
-                return
+                return ran
 
     def commit(self) -> None:
         """Hand over what the tasks have queued, one call a device (G13)."""

@@ -105,6 +105,10 @@ class _Alarm:
         self.when_ns = when_ns
         self._task: Task[object] | None = None
 
+    @property
+    def wanted(self) -> bool:
+        return self._task is not None
+
     def add_waiter(self, task: Task[object]) -> None:
         self._task = task
         task.scheduler.add_alarm(self)
@@ -178,6 +182,8 @@ async def shielded(event: Event) -> object:
     while not event.fired:
         try:
             await wait(event)
+        except GeneratorExit:
+            raise  # Thrown away: nobody will run it again, and the bio itself keeps the memory alive.
         except BaseException as error:
             if event.fired:
                 raise
@@ -198,6 +204,8 @@ async def gather(*awaitables: Task[T]) -> list[T]:
         while not task.done:
             try:
                 await wait(task.ended)
+            except GeneratorExit:
+                raise  # Thrown away: nobody will run it again.
             except BaseException as error:
                 if interrupted is None:
                     interrupted = error

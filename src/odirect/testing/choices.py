@@ -64,6 +64,14 @@ class ScriptedChooser:
             return probability >= 1
         return self.choose(2) == 1
 
+    def check_used_up(self) -> None:
+        """Raise RuntimeError if there were fewer decisions than the script has."""
+        if len(self.taken) < len(self._script):
+            raise RuntimeError(
+                f"only {len(self.taken)} of {len(self._script)} decisions came up: "
+                "the scenario depends on more than them"
+            )
+
     def next_script(self) -> list[int] | None:
         """The script of the run after this one, depth first; None when all have been gone through."""
         for place in range(len(self.taken) - 1, -1, -1):

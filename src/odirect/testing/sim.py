@@ -14,6 +14,7 @@ it is decided by one `Chooser`, and written to `Simulation.trace`.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
@@ -24,7 +25,8 @@ from odirect.block.filters.base import ActiveFilter
 from odirect.block.filters.delay import Delay
 from odirect.sched.clock import VirtualClock
 from odirect.sched.drive_sync import Stalled
-from odirect.sched.scheduler import Completion, Scheduler, Task
+from odirect.sched.scheduler import Cancelled, Completion, Scheduler, Task
+from odirect.sched.traps import Event
 from odirect.testing.choices import Chooser, RandomChooser, ScriptedChooser
 from odirect.testing.sim_device import SimDevice, SimFaults
 
@@ -36,29 +38,31 @@ MOST_ROUNDS = 1_000_000
 #: How often a filter that says that it is busy is polled in vain before it is believed to be stuck.
 _PATIENCE = 64
 
+#: Rounds that the tasks of a failed run get for ending.
+_ROUNDS_TO_ABANDON = 10_000
+
 
 class SimScheduler(Scheduler):
     """A scheduler whose next task is chosen, and whose steps are traced."""
 
-    def __init__(self, clock: VirtualClock, chooser: Chooser, note: Callable[..., None]) -> None:
-        super().__init__(clock)
+    def __init__(self, sim: Simulation) -> None:
+        super().__init__(sim.clock)
         self.tasks: list[Task[Any]] = []
-        self._chooser = chooser
-        self._note = note
+        self._sim = sim
 
     def spawn(self, coroutine: Coroutine[Any, Any, T], name: str = "") -> Task[T]:
         """A new task, ready to run, remembered in `tasks`."""
         task = super().spawn(coroutine, name)
         self.tasks.append(task)
-        self._note("spawn", task.name)
+        self._sim.note("spawn", task.name)
         return task
 
     def pick(self) -> Task[Any]:
         """Any of the ready tasks."""
-        place = self._chooser.choose(len(self.ready))
+        place = self._sim.chooser.choose(len(self.ready))
         task = self.ready[place]
         del self.ready[place]
-        self._note("step", task.name)
+        self._sim.note("step", task.name)
         return task
 
 
@@ -66,6 +70,7 @@ class Simulation:
     """One run. As a context manager it adds the seed to whatever error leaves it.
 
     seed     of the one generator, `rng`, which tests may use too (for data, offsets, ...)
+    reproduction  after the `with`: what to write to have this run again
     trace    (virtual nanosecond, what, ...) of everything that happened, in order
     ordering "latency": bios finish when their chosen latency is over; "any": whichever is chosen
              is the next, so that every order is possible (`explore`)
@@ -79,7 +84,9 @@ class Simulation:
         self.chooser: Chooser = RandomChooser(self.rng) if chooser is None else chooser
         self.clock = VirtualClock()
         self.trace: list[tuple[object, ...]] = []
-        self.scheduler = SimScheduler(self.clock, self.chooser, self.note)
+        self._traces = True
+        self.reproduction = ""
+        self.scheduler = SimScheduler(self)
         self._ordering = ordering
         self._devices: list[SimDevice] = []
         self._awaited: list[Task[Any]] = []
@@ -90,20 +97,20 @@ class Simulation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.reproduction = self._reproduction()
         if error is not None:
             error.add_note(f"reproduce it with {self.reproduction}; it failed at {self.clock.now_ns()} ns")
         self.abandon()
 
-    @property
-    def reproduction(self) -> str:
-        """What to write to have this run again."""
+    def _reproduction(self) -> str:
         if isinstance(self.chooser, ScriptedChooser):
             return f"replay({[choice for choice, _ in self.chooser.taken]}, scenario)"
         return f"Simulation({self.seed})"
 
     def note(self, what: str, *details: object) -> None:
         """Add an entry to the trace, with the time."""
-        self.trace.append((self.clock.now_ns(), what, *details))
+        if self._traces:
+            self.trace.append((self.clock.now_ns(), what, *details))
 
     def device(
         self,
@@ -144,7 +151,8 @@ class Simulation:
     def run(self, coroutine: Coroutine[Any, Any, T], name: str = "main") -> T:
         """What `coroutine` returns once it and every task spawned here have ended.
 
-        Raises the first error of any of them. Raises Stalled, naming the tasks, if they wait for
+        Raises the first error of any of them, but for having been cancelled; tasks whose errors are
+        expected are spawned on the scheduler. Raises Stalled, naming the tasks, if they wait for
         what nobody will ever do: a lock that was left held, a completion that got lost (F01).
         """
         task = self.spawn(coroutine, name)
@@ -153,7 +161,7 @@ class Simulation:
             self.scheduler.run_ready()
             self.scheduler.commit()
             for awaited in self._awaited:
-                if awaited.done and awaited.error is not None:
+                if awaited.done and awaited.error is not None and not isinstance(awaited.error, Cancelled):
                     raise awaited.error
             if self._dispatch():
                 silent = 0
@@ -173,10 +181,36 @@ class Simulation:
         raise Stalled(f"no end after {MOST_ROUNDS} rounds; waiting: {[t.name for t in self._awaited if not t.done]}")
 
     def abandon(self) -> None:
-        """Close every task that has not ended, without running it on."""
-        for task in self.scheduler.tasks:
-            if not task.done:
+        """Cancel every task that has not ended, and let what is in flight come back, so that nothing lingers.
+
+        None of it is traced or decided by `chooser`. Does nothing after a run that has ended well.
+        """
+        left = self._unfinished()
+        if not left:
+            return
+        self._traces = False
+        self.chooser = RandomChooser(random.Random(0))
+        with contextlib.suppress(Exception):  # The run has failed already; its own error is what counts.
+            for task in left:
+                task.cancel()
+            for _ in range(_ROUNDS_TO_ABANDON):
+                self.scheduler.run_ready()
+                if not self._unfinished():
+                    return
+                self.scheduler.commit()
+                if not self._dispatch() and not self._next_event():
+                    break
+            # What is waited for under a shield never comes: pretend that it did.
+            for task in self._unfinished():
+                if isinstance(task._waits_for, Event):
+                    task._waits_for.fire()
+            self.scheduler.run_ready()
+        for task in self._unfinished():
+            with contextlib.suppress(RuntimeError):
                 task._coroutine.close()
+
+    def _unfinished(self) -> list[Task[Any]]:
+        return [task for task in self.scheduler.tasks if not task.done]
 
     def _dispatch(self) -> bool:
         """Tell whoever waits for what has finished, in a chosen order; False if nothing has."""
@@ -265,6 +299,8 @@ def _run(sim: Simulation, scenario: Scenario) -> None:
     try:
         with sim:
             sim.run(scenario(sim))
+        if isinstance(sim.chooser, ScriptedChooser):
+            sim.chooser.check_used_up()
     except Exception as error:
         raise AssertionError(f"{sim.reproduction} failed: {type(error).__name__}: {error}") from error
 

@@ -382,10 +382,14 @@ class VolatileCache(ActiveFilter):
         buffer = private_buffer(length, self.lower.limits.memory_align)
         for at in run:
             buffer[at - start : at - start + self._sector] = _part(self._latest[at], at, at + self._sector)
-        limits = self.lower.limits
-        whole = self._group_of(start) is not None and limits.atomic_min <= length <= limits.atomic_max
-        flags = ATOMIC if whole and is_power_of_two(length) and start % length == 0 else 0
+        flags = self._atomic_flag(start, length) if self._group_of(start) is not None else 0
         return child_of(WRITE, start, (buffer,), length, flags)
+
+    def _atomic_flag(self, addr: int, length: int) -> int:
+        """ATOMIC if the lower device promises this write to be whole as well, else 0: one bio is all we can do."""
+        limits = self.lower.limits
+        promised = limits.atomic_min <= length <= limits.atomic_max
+        return ATOMIC if promised and is_power_of_two(length) and addr % length == 0 else 0
 
     def _clean(self, job: _Job) -> None:
         """Forget what the lower device has; what was written meanwhile stays."""
@@ -452,7 +456,8 @@ class VolatileCache(ActiveFilter):
         unit = dirty.unit
         buffer = private_buffer(unit.length, self.lower.limits.memory_align)
         buffer[:] = _part(dirty, unit.addr, unit.addr + unit.length)
-        child = self._child = child_of(WRITE, unit.addr, (buffer,), unit.length)
+        flags = self._atomic_flag(unit.addr, unit.length) if dirty.atomic else 0
+        child = self._child = child_of(WRITE, unit.addr, (buffer,), unit.length, flags)
         self.lower.submit(child)
         self.lower.commit()
         self._drain_children()

@@ -1,0 +1,126 @@
+"""`odirect cp`: copy files and block devices."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from odirect.base.units import format_bytes
+from odirect.cli import common
+
+if TYPE_CHECKING:
+    from odirect.copying import CopyReport
+
+_STDIN, _STDOUT = 0, 1
+
+
+@click.command("cp")
+@common.path_argument(nargs=-1, name="sources", metavar="SOURCE...")
+@common.path_argument(name="target", metavar="TARGET")
+@click.option("--verify", is_flag=True, help="Read the copy back past the page cache, and compare it.")
+@click.option("--sync/--no-sync", default=False, help="Return when the copy would survive a power cut. [no]")
+@click.option("--sparse/--no-sparse", default=True, help="Keep holes, or write zeroes for them. [keep]")
+@click.option(
+    "--progress/--quiet",
+    "-p/-q",
+    "progress",
+    default=None,
+    help="Show progress, or nothing but errors. [progress on a terminal, and a line at the end]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Report in JSON on standard output, a line for each copy.")
+@click.option("--strict", is_flag=True, help="Fail instead of going through the page cache.")
+@click.option(
+    "--overwrite-in-use",
+    is_flag=True,
+    help="Write to a device although it is mounted or in use, which can destroy what is on it.",
+)
+@click.option("--chunk", type=common.Size(least=1, most=1 << 30), metavar="SIZE", help="Bytes moved by one request.")
+@click.option("--depth", type=click.IntRange(1, 1024), help="Chunks under way at once.")
+def command(
+    sources: tuple[str, ...],
+    target: str,
+    verify: bool,
+    sync: bool,
+    sparse: bool,
+    progress: bool | None,
+    as_json: bool,
+    strict: bool,
+    overwrite_in_use: bool,
+    chunk: int | None,
+    depth: int | None,
+) -> None:
+    """Copy files and block devices, past the page cache.
+
+    SOURCE and TARGET are files or block devices; TARGET may be a directory, and must be one for several
+    sources; - is standard input or output. A file appears under its name when it is whole: interrupted or
+    failed, nothing is left of it. Holes stay holes, and are zeroed on a device.
+
+    \b
+    Examples:
+      odirect cp image.raw /mnt/backup/
+      odirect cp --verify --sync image.raw /dev/sdb
+      odirect cp /dev/sdb1 partition.raw
+      zcat image.gz | odirect cp - image.raw
+    """
+    to_stdout = target == common.STDIO
+    if len(sources) > 1 and not to_stdout and not os.path.isdir(target):
+        raise click.UsageError(f"{common.shown(target)} is not a directory, and there are several sources")
+    if to_stdout and (as_json or verify or sync):
+        raise click.UsageError("standard output cannot be verified or synced, nor hold the JSON")
+    options: dict[str, Any] = {"access": "strict" if strict else "auto"}
+    if chunk is not None:
+        options["chunk_bytes"] = chunk
+    if depth is not None:
+        options["depth"] = depth
+    if not to_stdout:
+        options |= {"verify": verify, "durable": sync, "overwrite_in_use": overwrite_in_use}
+    for source in sources:
+        report = _copy(source, target, options, sparse, common.wants_progress(progress))
+        if as_json:
+            common.print_json(_as_json(source, report), indent=None)
+        elif progress is not False:
+            click.echo(_line(source, report), err=True)
+
+
+def _copy(source: str, target: str, options: dict[str, Any], sparse: bool, progress: bool) -> CopyReport:
+    from odirect import copying
+
+    with common.progress_bar(common.shown(source), progress) as told:
+        if target == common.STDIO:
+            if source == common.STDIO:
+                raise click.UsageError("from standard input to standard output: use cat")
+            return copying.copy_out(source, _STDOUT, progress=told, **options)
+        if source == common.STDIO:
+            return copying.copy_in(_STDIN, target, progress=told, **options)
+        return copying.copy(source, target, sparse=sparse, progress=told, **options)
+
+
+def _line(source: str, report: CopyReport) -> str:
+    words = [
+        f"{common.shown(source)} -> {common.shown(report.target)}: {format_bytes(report.bytes_copied)}",
+        f"in {report.seconds:.2f} s, {common.rate(report.bytes_copied, report.seconds)}",
+    ]
+    told = [common.sentence_of(common.ways(report.read_outcomes, report.write_outcomes))]
+    if report.bytes_skipped:
+        told.append(f"{format_bytes(report.bytes_skipped)} of holes")
+    told += ["verified"] if report.verified else []
+    told += ["durable"] if report.durable else []
+    return f"{' '.join(words)} ({'; '.join(told)})"
+
+
+def _as_json(source: str, report: CopyReport) -> dict[str, object]:
+    return {
+        "source": common.shown(source),
+        "target": common.shown(report.target),
+        "bytes_copied": report.bytes_copied,
+        "bytes_skipped": report.bytes_skipped,
+        "seconds": report.seconds,
+        "bytes_per_second": report.bytes_per_second,
+        "verified": report.verified,
+        "durable": report.durable,
+        "outcomes": common.ways(report.read_outcomes, report.write_outcomes),
+        "reads": common.tallies_as_json(report.read_outcomes),
+        "writes": common.tallies_as_json(report.write_outcomes),
+    }

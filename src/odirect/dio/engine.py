@@ -1,0 +1,507 @@
+"""The generic direct-I/O engine that file systems plug into: rows G.
+
+A file system gives an `Inode` (its size, lock, count of I/O in flight, and what the page cache must
+do) and a `Mapper` (file bytes to device bytes). The engine checks alignment, walks the mappings,
+builds bios, and completes the request once: with the count, or the first error that matters. It works
+on runs: its cost grows with extents and bios, not with bytes.
+
+    check (G01) ─ lock, write back (G03) ─ count (G06) ─┬─ map (G07) ─ zero or build (G09–G12) ─┐
+                                                        └───────────── until mapped ◄───────────┘
+    ─ unlock (G03) ─ wait, or leave in flight (G18) ─ end_io (G17) ─ count down (G06) ─ tell (G16)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from odirect.base.errors import AlignmentError, BadBufferError, DeviceError
+from odirect.base.units import align_up
+from odirect.block.bio import READ, WRITE, Bio
+from odirect.block.buffers import segments_aligned, slice_segments
+from odirect.block.device import BlockDevice, Limits
+from odirect.dio import zeroing
+from odirect.dio.completion import DeferredQueue
+from odirect.dio.mapping import BOUNDARY, DEFER_COMPLETION, NEW, BioHook, Extent, ExtentKind, Fallback, Mapper
+from odirect.dio.outcome import Reason
+from odirect.dio.piece import Piece
+from odirect.ring._calls import zero_fill
+from odirect.sched.locks import Count, Held, Mutex
+from odirect.sched.traps import Event, shielded
+
+# Bios in flight while a request is still being built; beyond that completed ones are reaped first (G14).
+_MOST_IN_FLIGHT = 64
+# What reads as zeroes and cannot be written in place without an allocation.
+_NO_PLACE = frozenset({ExtentKind.HOLE, ExtentKind.DELALLOC})
+_READS_ZEROES = frozenset({ExtentKind.HOLE, ExtentKind.DELALLOC, ExtentKind.UNWRITTEN})
+_NOT_DIRECT = {ExtentKind.INLINE: Reason.INLINE, ExtentKind.ENCODED: Reason.ENCODED}
+
+
+class DioFlags(enum.IntFlag):
+    """What a file system asks of the engine.
+
+    LOCKING: the engine takes the inode lock for reads; writes come under it (G03). SKIP_HOLES: a
+    write inside the file allocates nothing (G07). ASYNC_EXTEND: a write past the end may complete
+    asynchronously (G04). SKIP_DIO_COUNT: the file system counts what is in flight itself (G06).
+    """
+
+    NONE = 0
+    LOCKING = 1
+    SKIP_HOLES = 2
+    ASYNC_EXTEND = 4
+    SKIP_DIO_COUNT = 8
+
+
+class Inode(Protocol):
+    """A file, as the engine needs to know it."""
+
+    block_bytes: int
+    lock: Mutex
+    in_flight: Count
+
+    @property
+    def size_bytes(self) -> int:
+        """The file's size."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What the device, or the choosiest of several, takes."""
+        ...
+
+    def deferred(self) -> DeferredQueue:
+        """The volume's queue of deferred completions, made on first use (G05)."""
+        ...
+
+    async def write_back(self, offset: int, length: int) -> None:
+        """Write dirty cached data of the range to the device, and wait for it."""
+        ...
+
+    async def sync_written(self, offset: int, length: int, *, data_only: bool) -> None:
+        """Make a range that was just written durable, with the metadata that is needed to read it."""
+        ...
+
+    def forget_blocks(self, device: BlockDevice, addr: int, length: int) -> None:
+        """Drop cached copies, as metadata, of device bytes that are about to hold data (G11)."""
+        ...
+
+
+class DirectRequest:
+    """One request to the engine, and how it ended.
+
+    asynchronous: it may be left in flight (G04, G18). sync, data_only: a write is durable when it
+    is done, as O_SYNC or O_DSYNC have it (G05). bio_flags are put on every bio. When `done` has
+    fired, `result()` gives the bytes moved, or raises; `fallback` says why a request stopped early
+    and its rest is for the buffered path.
+    """
+
+    __slots__ = (
+        "asynchronous",
+        "bio_flags",
+        "data_only",
+        "done",
+        "error",
+        "fallback",
+        "length",
+        "offset",
+        "op",
+        "segments",
+        "sync",
+        "transferred",
+    )
+
+    def __init__(
+        self,
+        op: int,
+        offset: int,
+        segments: Sequence[memoryview],
+        *,
+        asynchronous: bool = False,
+        sync: bool = False,
+        data_only: bool = True,
+        bio_flags: int = 0,
+    ) -> None:
+        self.op = op
+        self.offset = offset
+        self.segments = segments
+        self.length = sum(map(len, segments))
+        self.asynchronous = asynchronous
+        self.sync = sync
+        self.data_only = data_only
+        self.bio_flags = bio_flags
+        self.done = Event()
+        self.transferred = 0
+        self.error: BaseException | None = None
+        self.fallback: Reason | None = None
+
+    def result(self) -> int:
+        """The bytes moved; raises the error; RuntimeError while it is in flight."""
+        if not self.done.fired:
+            raise RuntimeError("the request is still in flight")
+        if self.error is not None:
+            raise self.error
+        return self.transferred
+
+    async def wait(self) -> int:
+        """The result, once there is one."""
+        await shielded(self.done)
+        return self.result()
+
+
+async def direct_io(request: DirectRequest, inode: Inode, mapper: Mapper, flags: int) -> None:
+    """Do `request`; it is done on return, unless it is asynchronous and was left in flight (G18).
+
+    What goes wrong after the start is in the request. Raises AlignmentError before anything is
+    locked, counted or mapped (G01), and what writing cached data back raises (G03).
+    """
+    unit = _unit(request, inode)
+    if not request.length:
+        request.done.fire()
+        return
+    held: Held | None = None
+    if flags & DioFlags.LOCKING and request.op == READ:
+        held = await inode.lock.hold()
+        try:
+            await inode.write_back(request.offset, request.length)
+        except BaseException:
+            held.release()
+            raise
+    try:
+        work = _Work(request, inode, mapper, flags, unit)
+        await work.build()
+    finally:
+        # The look-ups are done; the I/O need not be (G03).
+        if held is not None:
+            held.release()
+    await work.wait_or_leave()
+
+
+def _unit(request: DirectRequest, inode: Inode) -> int:
+    """The dio block: the file system's block, or the device's where only that fits (G01)."""
+    limits = inode.limits
+    finer = limits.read_align if request.op == READ else limits.write_align
+    for unit in (inode.block_bytes, finer):
+        if request.offset % unit == 0 and segments_aligned(request.segments, limits.memory_align, unit):
+            return unit
+    raise AlignmentError(
+        f"direct I/O of {request.length} bytes at {request.offset}: offset and every length must be multiples "
+        f"of {finer}, and every buffer's address of {limits.memory_align}"
+    )
+
+
+class _Run:
+    """Contiguous bytes of the device and the file, gathered for one bio (G12)."""
+
+    __slots__ = ("addr", "device", "file_offset", "new", "segments", "size")
+
+    def __init__(self, device: BlockDevice, addr: int, file_offset: int, new: bool) -> None:
+        self.device = device
+        self.addr = addr
+        self.file_offset = file_offset
+        self.new = new
+        self.segments: list[memoryview] = []
+        self.size = 0
+
+
+class _Sent(Piece):
+    """A run that was sent: where it belongs in the file, and whether its blocks are new."""
+
+    __slots__ = ("device", "file_offset", "new", "zeroing")
+
+    def __init__(
+        self, op: int, run: _Run, segments: Sequence[memoryview], flags: int, *, new: bool, zeroing: bool = False
+    ) -> None:
+        super().__init__(op, run.addr, segments, run.size, flags)
+        self.device = run.device
+        self.file_offset = run.file_offset
+        self.new = new
+        self.zeroing = zeroing
+
+
+class _Work:
+    """A request while it is worked on."""
+
+    def __init__(self, request: DirectRequest, inode: Inode, mapper: Mapper, flags: int, unit: int) -> None:
+        self.request = request
+        self.inode = inode
+        self.mapper = mapper
+        self.flags = flags
+        self.unit = unit
+        self.size = inode.size_bytes
+        self.writes = request.op == WRITE
+        end = request.offset + request.length
+        # A size that is published before the data is on the device shows what was there before (G04).
+        extends = self.writes and end > self.size and not flags & DioFlags.ASYNC_EXTEND
+        self.asynchronous = request.asynchronous and not extends
+        self.defer = self.writes and request.sync
+        self.hook = cast("BioHook | None", mapper if hasattr(mapper, "submit") else None)
+        self.position = request.offset
+        self.private: object = None
+        self.run: _Run | None = None
+        self.outstanding = 0
+        self.building = True
+        self.left = False
+        self.changed = Event()
+        self.build_error: BaseException | None = None
+        self.fault: BaseException | None = None
+        self.device_error: BaseException | None = None
+        if not flags & DioFlags.SKIP_DIO_COUNT:
+            inode.in_flight.up()
+
+    # -- building --------------------------------------------------------------------------------
+
+    async def build(self) -> None:
+        """Map and send the whole request, or as much of it as can go direct."""
+        request = self.request
+        end = request.offset + request.length
+        if not self.writes:
+            # Blocks past the end of the file, rounded up, are nobody's to read (G09).
+            end = min(end, align_up(self.size, self.unit))
+        try:
+            while self.position < end and self._going():
+                answer = await self._map(end - self.position)
+                if isinstance(answer, Fallback):
+                    request.fallback = answer.reason
+                    break
+                if not await self._take(answer, end):
+                    break
+            self._send()
+        except BaseException as error:
+            # What was gathered but not sent is dropped; what was sent is waited for (G16, G20).
+            self.run = None
+            self.build_error = error
+        self.building = False
+
+    def _going(self) -> bool:
+        return self.device_error is None and self.fault is None
+
+    async def _map(self, left: int) -> Extent | Fallback:
+        """The mapper's answer for what comes next, checked: a wrong one must not become wrong data (G07)."""
+        answer = await self.mapper.get_blocks(self.request, self.position, left, self._creates())
+        if isinstance(answer, Extent) and not (
+            answer.length > 0 and answer.offset <= self.position < answer.offset + answer.length
+        ):
+            raise RuntimeError(f"the mapper was asked for byte {self.position} and answered {answer}")
+        return answer
+
+    def _creates(self) -> bool:
+        """Whether missing blocks may be allocated here (G07)."""
+        if not self.writes:
+            return False
+        if not self.flags & DioFlags.SKIP_HOLES:
+            return True
+        return self.position >= align_up(self.size, self.inode.block_bytes)
+
+    async def _take(self, extent: Extent, end: int) -> bool:
+        """Use one mapping; False if the request stops here."""
+        stop = min(end, extent.offset + extent.length)
+        self.private = extent.private
+        if extent.flags & DEFER_COMPLETION:
+            self.defer = True
+        reason = _NOT_DIRECT.get(extent.kind)
+        if reason is None and self.writes and extent.kind in _NO_PLACE:
+            reason = Reason.HOLE
+        if reason is not None:
+            self.request.fallback = reason
+            return False
+        if not self.writes and extent.kind in _READS_ZEROES:
+            return self._read_zeroes(stop)
+        if extent.device is None or extent.addr is None:
+            raise RuntimeError(f"the mapper answered {extent}, which has no place")
+        await self._gather(extent, extent.device, extent.addr, stop)
+        return self._going()
+
+    def _read_zeroes(self, stop: int) -> bool:
+        """A read of what has no data: zeroes, written here (G09)."""
+        for target in self._memory(self.position, stop):
+            if zero_fill(target) < 0:
+                self.fault = BadBufferError("the caller's memory cannot be written")
+                return False
+        self.position = stop
+        return True
+
+    async def _gather(self, extent: Extent, device: BlockDevice, addr: int, stop: int) -> None:
+        """Add [position, stop) to the bio being built, with zeroes around it in new blocks (G10, G12)."""
+        new = bool(extent.flags & NEW) and self.writes
+        start_addr = addr + self.position - extent.offset
+        if new:
+            self.inode.forget_blocks(device, addr, extent.length)
+            lead = zeroing.before(self.position, self.inode.block_bytes)
+            if lead:
+                await self._add(device, start_addr - lead, self.position - lead, zeroing.zero_segments(lead), new)
+        await self._add(device, start_addr, self.position, self._memory(self.position, stop), new)
+        if new:
+            trail = zeroing.after(stop, self.inode.block_bytes)
+            if trail:
+                tail_addr = start_addr + stop - self.position
+                await self._add(device, tail_addr, stop, zeroing.zero_segments(trail), new)
+        self.position = stop
+        if extent.flags & BOUNDARY:
+            self._send()
+
+    async def _add(
+        self, device: BlockDevice, addr: int, file_offset: int, segments: Sequence[memoryview], new: bool
+    ) -> None:
+        limits = device.limits
+        align = limits.write_align if self.writes else limits.read_align
+        most = limits.max_bio_bytes - limits.max_bio_bytes % align
+        for segment in segments:
+            at = 0
+            while at < len(segment):
+                run = self._run_for(device, addr, file_offset, new, limits, most)
+                taken = min(len(segment) - at, most - run.size)
+                run.segments.append(segment[at : at + taken])
+                run.size += taken
+                at += taken
+                addr += taken
+                file_offset += taken
+                if run.size == most or len(run.segments) == limits.max_segments:
+                    self._send()
+                    await self._until_below(_MOST_IN_FLIGHT)
+                    if not self._going():
+                        return
+
+    def _run_for(self, device: BlockDevice, addr: int, file_offset: int, new: bool, limits: Limits, most: int) -> _Run:
+        """The bio being built, if this continues it on the device and in the file; else a new one (G12)."""
+        run = self.run
+        if run is not None and (
+            run.device is not device
+            or run.addr + run.size != addr
+            or run.file_offset + run.size != file_offset
+            or run.new != new
+        ):
+            self._send()
+            run = None
+        if run is None:
+            run = self.run = _Run(device, addr, file_offset, new)
+        return run
+
+    def _memory(self, start: int, stop: int) -> list[memoryview]:
+        return slice_segments(self.request.segments, start - self.request.offset, stop - start)
+
+    # -- sending and completing ------------------------------------------------------------------
+
+    def _send(self) -> None:
+        run, self.run = self.run, None
+        if run is None:
+            return
+        piece = _Sent(self.request.op, run, run.segments, self.request.bio_flags, new=run.new)
+        self._submit(piece, piece.bio(0))
+
+    def _submit(self, piece: _Sent, bio: Bio) -> None:
+        bio.private = piece
+        bio.end = self._ended
+        self.outstanding += 1
+        try:
+            if self.hook is not None:
+                self.hook.submit(bio, piece.file_offset + bio.addr - piece.offset)
+            else:
+                piece.device.submit(bio)
+        except (TypeError, ValueError, BufferError) as error:
+            # The buffer cannot be used; whoever refused it has queued nothing.
+            self.outstanding -= 1
+            self._faulted(piece, BadBufferError(f"the caller's memory cannot be used: {error}"))
+        except BaseException as error:
+            self.outstanding -= 1
+            self.device_error = self.device_error or error
+
+    def _ended(self, bio: Bio) -> None:
+        """A bio has come back. Runs in the completion; never waits."""
+        piece = cast(_Sent, bio.private)
+        self.outstanding -= 1
+        following = piece.came_back(bio, piece.device)
+        if following is not None:
+            self._submit(piece, following)
+        elif piece.error is not None:
+            if isinstance(piece.error, BadBufferError) and not piece.zeroing:
+                self._faulted(piece, piece.error)
+            elif self.device_error is None:
+                self.device_error = piece.error
+        elif piece.done < piece.length and self.device_error is None:
+            self.device_error = DeviceError(
+                f"the device ends at {piece.device.size_bytes}, before the file's byte "
+                f"{piece.file_offset + piece.done} that is mapped to {piece.offset + piece.done}"
+            )
+        self.changed.fire()
+        if self.left and not self.outstanding:
+            self._complete()
+
+    def _faulted(self, piece: _Sent, error: BaseException) -> None:
+        """The caller's memory failed: blocks that are new must not show what was in them before (G15)."""
+        if self.fault is None:
+            self.fault = error
+        if piece.new:
+            run = _Run(piece.device, piece.offset, piece.file_offset, False)
+            run.size = piece.length
+            cover = _Sent(WRITE, run, zeroing.zero_segments(piece.length), piece.flags, new=False, zeroing=True)
+            self._submit(cover, cover.bio(0))
+
+    async def _until_below(self, number: int) -> None:
+        """Wait until fewer than `number` bios are in flight; a cancellation is kept for later (G20)."""
+        while self.outstanding >= number:
+            self.changed = Event()
+            try:
+                await shielded(self.changed)
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                if self.build_error is None:
+                    self.build_error = error
+                self.device_error = self.device_error or error
+
+    async def wait_or_leave(self) -> None:
+        """Leave the request in flight where that is allowed, else wait for all of it (G18)."""
+        request = self.request
+        whole = self.position == request.offset + request.length
+        clean = self.build_error is None and self.fault is None
+        if self.asynchronous and clean and self.outstanding and (whole or not self.writes):
+            self.left = True
+            return
+        await self._until_below(1)
+        self._complete()
+        await shielded(request.done)
+
+    def _complete(self) -> None:
+        """Every bio has ended: the result, `end_io`, the count, and then the caller is told (G16, G17)."""
+        self.left = False
+        error = self.build_error or self.fault or self.device_error
+        transferred = 0
+        if error is None:
+            transferred = self.position - self.request.offset
+            if not self.writes:
+                transferred = max(0, min(transferred, self.size - self.request.offset))
+        if self.defer and transferred:
+            self.inode.deferred().put(self._complete_later(transferred))
+        else:
+            self._tell(transferred, error)
+
+    async def _complete_later(self, transferred: int) -> None:
+        """The same by a task, because making it durable has to wait (G05)."""
+        request = self.request
+        error: BaseException | None = None
+        try:
+            self._end_io(transferred)
+            if request.sync:
+                await self.inode.sync_written(request.offset, transferred, data_only=request.data_only)
+        except BaseException as raised:
+            error = raised
+        self._finish(transferred, error)
+
+    def _tell(self, transferred: int, error: BaseException | None) -> None:
+        if transferred:
+            try:
+                self._end_io(transferred)
+            except BaseException as raised:  # Told to the caller, not to whoever dispatches.
+                error = raised
+        self._finish(transferred, error)
+
+    def _end_io(self, transferred: int) -> None:
+        self.mapper.end_io(self.request, self.request.offset, transferred, self.private)
+
+    def _finish(self, transferred: int, error: BaseException | None) -> None:
+        if not self.flags & DioFlags.SKIP_DIO_COUNT:
+            self.inode.in_flight.down()
+        self.request.transferred = 0 if error is not None else transferred
+        self.request.error = error
+        self.request.done.fire()
