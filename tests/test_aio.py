@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.files import cut_short, data_file, filled
 
 import odirect
 from odirect import Kind, aio
@@ -29,7 +30,6 @@ from odirect.base.errors import (
     StickySyncError,
 )
 from odirect.ring.threads import _Operation
-from tests.files import cut_short, data_file, filled
 
 SIZE = 1 << 20
 
@@ -262,7 +262,7 @@ def test_close_that_is_cancelled_goes_on(path: Path) -> None:
 
 
 def test_close_waits_for_the_thread_that_truncates(path: Path) -> None:
-    """`truncate` was cancelled while its thread had not begun: it must not cut a file that gets the number next (F24)."""
+    """A cancelled `truncate` whose thread has not begun must not cut a file that gets the number next (F24)."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -489,7 +489,7 @@ def test_neighbours_that_share_a_block(scratch: Path) -> None:
         for _ in range(40):
             path = data_file(scratch / "file", bytes(size))
             cuts = sorted({0, size, *(rng.randrange(size) // unit * unit for unit in (1, 512) for _ in range(12))})
-            runs = list(zip(cuts, cuts[1:], range(1, 100)))
+            runs = list(zip(cuts, cuts[1:], range(1, 100), strict=False))
             shuffled = rng.sample(runs, len(runs))
             async with aio.open(path, "r+") as file:
                 await asyncio.gather(*(file.pwrite(filled(end - at, value), at) for at, end, value in shuffled))

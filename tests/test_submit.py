@@ -9,11 +9,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.files import cut_short, data_file, filled
 
 import odirect
 from odirect import Kind
 from odirect.base.errors import BadBufferError, ClosedError, StickySyncError
-from tests.files import cut_short, data_file, filled
 
 SIZE = 1 << 20
 
@@ -189,7 +189,7 @@ def test_neighbours_that_share_a_block(scratch: Path) -> None:
     for _ in range(20):
         path = data_file(scratch / "file", bytes(size))
         cuts = sorted({0, size, *(rng.randrange(size) // unit * unit for unit in (1, 512) for _ in range(20))})
-        runs = list(zip(cuts, cuts[1:], range(1, 100)))
+        runs = list(zip(cuts, cuts[1:], range(1, 100), strict=False))
         rng.shuffle(runs)
         with odirect.open(path, "r+") as file:
             for start, end, value in runs:

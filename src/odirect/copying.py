@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 import itertools
 import mmap
 import os
@@ -45,6 +46,7 @@ from odirect.ring._calls import fallocate
 from odirect.ring.choose import open_ring
 from odirect.sched.clock import Clock
 from odirect.sched.drive_sync import SyncDriver
+from odirect.sched.interrupts import Interrupts
 from odirect.sched.scheduler import Scheduler, Task
 from odirect.sched.traps import gather, joined, this_scheduler, wait, yield_now
 
@@ -130,7 +132,7 @@ def copy(
     are the same file, and the errors of opening, reading and writing.
     """
     line_depth, strict = _checked(chunk_bytes, depth, access)
-    with contextlib.ExitStack() as stack:
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         reading = open_file(source, "r", strict=strict)
         stack.callback(reading.close)
         _refuse_cached(reading, READ, strict)
@@ -149,11 +151,12 @@ def copy(
         runs = list(settled(data, size, line.unit))
         if not to_device:
             writing.allocate([run for run in runs if not run.hole], line.chunk_bytes)
+        interrupts.check()
 
         def chunks() -> Iterator[Chunk]:
             return chunks_of(runs, line.chunk_bytes)
 
-        done = _Done(progress, size * (2 if verify else 1))
+        done = _Done(progress, size * (2 if verify else 1), interrupts)
         mover = Mover(line.pool, depth=line.depth, strict=strict, on_bytes=done.add)
         digests = Digests() if verify else None
         from_file, to_file = line.file(reading), line.file(writing.opened)
@@ -165,6 +168,7 @@ def copy(
         if digests is not None:
             writing.forget_pages()
             line.run(mover.check(from_file, to_file, chunks(), digests, is_hole=writing.has_hole))
+        interrupts.check()
         writing.commit(durable)
         return line.report(writing, mover, verified=verify, durable=durable)
 
@@ -188,17 +192,17 @@ def copy_in(
     verifying finds is named by its chunk alone. Reading the stream blocks.
     """
     line_depth, strict = _checked(chunk_bytes, depth, access)
-    with contextlib.ExitStack() as stack:
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         found = _find_target(target, None)
         writing = _Target(found, 0o666, strict=strict, overwrite_in_use=overwrite_in_use)
         stack.push(writing)
         writing.open()
         line = stack.enter_context(_Line(None, writing.opened, chunk_bytes, line_depth, clock))
-        done = _Done(progress, 0)
+        done = _Done(progress, 0, interrupts)
         mover = Mover(line.pool, depth=line.depth, strict=strict, on_bytes=done.add)
         digests = Digests() if verify else None
         to_file = line.file(writing.opened)
-        size = line.run(_take_in(stream_fd, line, mover, to_file, writing, digests))
+        size = line.run(_take_in(stream_fd, line, mover, to_file, writing, digests, interrupts))
         writing.cut(size)
         if durable:
             line.run(to_file.sync())
@@ -206,6 +210,7 @@ def copy_in(
             writing.forget_pages()
             whole = chunks_of([Chunk(0, size)], line.chunk_bytes)
             line.run(mover.check(None, to_file, whole, digests, is_hole=writing.has_hole))
+        interrupts.check()
         writing.commit(durable)
         return line.report(writing, mover, verified=verify, durable=durable)
 
@@ -230,7 +235,7 @@ def copy_out(
     line_depth, strict = _checked(chunk_bytes, depth, access)
     if offset < 0 or (length is not None and length < 0):
         raise ValueError("the offset and the length cannot be negative")
-    with contextlib.ExitStack() as stack:
+    with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         reading = open_file(source, "r", strict=strict)
         stack.callback(reading.close)
         _refuse_cached(reading, READ, strict)
@@ -238,10 +243,10 @@ def copy_out(
         end = size if length is None else min(size, offset + length)
         line = stack.enter_context(_Line(reading, None, chunk_bytes, line_depth, clock))
         total = max(0, end - offset)
-        done = _Done(progress, total)
+        done = _Done(progress, total, interrupts)
         mover = Mover(line.pool, depth=line.depth, strict=strict, on_bytes=done.add)
         wanted = chunks_of([Chunk(offset, total)], line.chunk_bytes)
-        line.run(_give_out(line, mover, line.file(reading), wanted, stream_fd))
+        line.run(_give_out(line, mover, line.file(reading), wanted, stream_fd, interrupts))
         return CopyReport("-", mover.copied, 0, line.seconds, mover.reads.totals(), mover.writes.totals(), False, False)
 
 
@@ -537,17 +542,21 @@ class _Target:
 
 
 class _Done:
-    """Counts what is done for `progress`."""
+    """Counts what is done for `progress`; between two chunks is where a copy can be interrupted."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress | None, total: int, interrupts: Interrupts) -> None:
         self._progress = progress
         self._total = total
+        self._interrupts = interrupts
         self._done = 0
 
     def add(self, count: int) -> None:
+        """Tell the caller; what he raises, or a signal that has come, ends the copy here."""
         self._done += count
-        if self._progress is not None and count:
-            self._progress(self._done, self._total)
+        progress = self._progress
+        if progress is not None and count:
+            self._interrupts.allowed(lambda: progress(self._done, self._total))
+        self._interrupts.check()
 
 
 class _Line:
@@ -618,9 +627,10 @@ class _Line:
         """What `coroutine` returns."""
         return self._driver.run(coroutine)
 
-    def commit(self) -> None:
-        """Hand what is queued to the kernel now, before something that blocks."""
+    def nudge(self) -> None:
+        """Hand what is queued to the kernel, and note what has finished, before something that blocks."""
         self._scheduler.commit()
+        self._scheduler.dispatch(self._queue.poll(0))
 
     def report(self, writing: _Target, mover: Mover, *, verified: bool, durable: bool) -> CopyReport:
         """How it went."""
@@ -640,7 +650,13 @@ class _Line:
 
 
 async def _take_in(
-    stream_fd: int, line: _Line, mover: Mover, to_file: PlainFile, writing: _Target, digests: Digests | None
+    stream_fd: int,
+    line: _Line,
+    mover: Mover,
+    to_file: PlainFile,
+    writing: _Target,
+    digests: Digests | None,
+    interrupts: Interrupts,
 ) -> int:
     """Write what the stream gives, chunk by chunk; how many bytes that was.
 
@@ -663,7 +679,7 @@ async def _take_in(
         for number in itertools.count():
             lease = await mover.pool.take()
             try:
-                length = _read_full(stream_fd, lease.view)
+                length = interrupts.allowed(functools.partial(_read_full, stream_fd, lease.view))
                 if length == line.chunk_bytes:
                     writing.grow_to(offset + length)
                 elif length and offset + length > file_bytes(writing.opened.cached_fd):
@@ -676,7 +692,8 @@ async def _take_in(
                 break
             tasks.append(scheduler.spawn(put(number, offset, lease, length)))
             await yield_now()
-            line.commit()
+            line.nudge()
+            await yield_now()
             while tasks and tasks[0].done:
                 tasks.popleft().result()
             offset += length
@@ -689,7 +706,14 @@ async def _take_in(
     return offset
 
 
-async def _give_out(line: _Line, mover: Mover, from_file: PlainFile, chunks: Iterator[Chunk], stream_fd: int) -> None:
+async def _give_out(
+    line: _Line,
+    mover: Mover,
+    from_file: PlainFile,
+    chunks: Iterator[Chunk],
+    stream_fd: int,
+    interrupts: Interrupts,
+) -> None:
     """Write the chunks to the stream in order, while the next ones are being read."""
 
     async def get(chunk: Chunk, lease: Lease) -> memoryview:
@@ -709,8 +733,8 @@ async def _give_out(line: _Line, mover: Mover, from_file: PlainFile, chunks: Ite
                 return
             task, lease = ahead[0]
             view = await joined(task)
-            line.commit()
-            _write_full(stream_fd, view)
+            line.nudge()
+            interrupts.allowed(functools.partial(_write_full, stream_fd, view))
             ahead.popleft()
             lease.release()
             mover.copied += len(view)

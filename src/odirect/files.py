@@ -27,7 +27,7 @@ from odirect.block.limits import file_limits
 from odirect.block.queue import RingQueue
 from odirect.dio import batch
 from odirect.dio.bounce import Moved
-from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS, Here, here
+from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS, Here, forget, here
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
@@ -120,6 +120,7 @@ def truncate_file(opened: Opened, size: int) -> int:
 
 def change_space(opened: Opened, offset: int, length: int, *, punch: bool, zero: bool, keep_size: bool) -> None:
     """What `File.fallocate` does to a regular file, and refuses of any."""
+    offset, length = operator.index(offset), operator.index(length)
     if offset < 0 or length <= 0 or offset + length > NO_END:
         raise ValueError(f"{length} bytes at {offset} is not a range")
     if punch and zero:
@@ -274,9 +275,9 @@ class File(io.RawIOBase):
         """Write the buffers in turn at byte `offset`; the number of bytes."""
         return self._general(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
 
-    # The stream: io.RawIOBase.
+    # The stream: io.RawIOBase, which has Any where None can come, so that it fits under io.BufferedReader.
 
-    def readinto(self, buffer: Buffer) -> int | None:
+    def readinto(self, buffer: Buffer) -> int | Any:
         """Read into `buffer` from the position, which moves; None if nowait would wait."""
         with self._position_lock:
             try:
@@ -286,7 +287,7 @@ class File(io.RawIOBase):
             self._position += count
             return count
 
-    def readall(self) -> bytes | None:  # type: ignore[override]
+    def readall(self) -> bytes | Any:
         """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
         with self._position_lock:
             pieces = []
@@ -299,7 +300,7 @@ class File(io.RawIOBase):
                     return None
             return b"".join(pieces)
 
-    def read(self, size: int | None = -1, /) -> bytes | None:
+    def read(self, size: int | None = -1, /) -> bytes | Any:
         """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
         if size is None or size < 0:
             return self.readall()
@@ -311,7 +312,7 @@ class File(io.RawIOBase):
             self._position += len(data)
             return data
 
-    def write(self, buffer: Buffer, /) -> int | None:
+    def write(self, buffer: Buffer, /) -> int | Any:
         """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
         with self._position_lock:
             if self._opened.appends:
@@ -466,15 +467,17 @@ class File(io.RawIOBase):
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         """A call of several steps is under way: `close` waits, so that no step meets another file's descriptor."""
-        thread = threading.get_ident()
-        with self._entry:
-            self._check_open()
-            self._inside.append(thread)
+        entry: list[int] = []
         try:
+            with self._entry:
+                self._check_open()
+                entry = [threading.get_ident()]
+                self._inside += entry
             yield
         finally:
             with self._entry:
-                self._inside.remove(thread)
+                for thread in entry:
+                    self._inside.remove(thread)
                 self._entry.notify_all()
 
     def _forget_threads(self) -> None:
@@ -529,13 +532,20 @@ class File(io.RawIOBase):
     def _run(self, call: Callable[[PlainFile], Coroutine[Any, Any, T]]) -> T:
         place = here()
         plain, cached = self._plain(place)
+        coroutine = call(plain)
         try:
-            return place.run(call(plain), cached)
+            return place.run(coroutine, cached)
         except ODirectError as error:
             if error.filename is None:
                 error.filename = self.name
             raise
+        except BaseException:
+            self._local.__dict__.clear()
+            forget()
+            raise
         finally:
+            if not getattr(coroutine, "cr_suspended", False):
+                coroutine.close()  # A signal's exception came before it was begun.
             limits = self._state.limits
             if limits is not self._simple_limits:
                 self._adopt(limits)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.loops import loop_device
 
 from odirect.base.errors import ODirectError
 from odirect.block.bio import FLUSH, FUA, HIPRI, META, PREFLUSH, READ, WRITE, Bio
@@ -18,7 +19,6 @@ from odirect.block.queue import RingQueue, Step
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT, Ring
 from odirect.ring.threads import ThreadRing
 from odirect.testing.suite import DeviceConformance
-from tests.loops import loop_device
 
 RINGS = ("uring", "uring-shared", "threads-0", "threads-4")
 SPAN = 1 << 20

@@ -223,11 +223,13 @@ def test_a_signal_in_the_middle_leaves_nothing(scratch: Path, number: int, statu
     """Ctrl-C in the middle of a copy leaves no half file under the final name; nor do the others."""
     (scratch / "copy").write_bytes(b"old")
     child = subprocess.Popen(
-        [*STARTER, "cp", "--progress", "-", scratch / "copy"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        [*STARTER, "cp", "--progress", "--chunk", "64k", "--depth", "4", "-", scratch / "copy"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     with child:
         assert child.stdin is not None and child.stderr is not None
-        # Enough for all of its buffers, so that something has been written, and then it waits for more.
+        # More than its buffers hold, so that something has been written; then it waits for more.
         child.stdin.write(bytes(16 * MIB))
         child.stdin.flush()
         assert child.stderr.readline().startswith(b"-: ")

@@ -57,7 +57,7 @@ def aligned(data: bytes, memory_align: int = 4096) -> memoryview:
 
 def laid_out(data: bytes, cuts: Sequence[int], skew: Sequence[int]) -> list[memoryview]:
     """`data` in segments that end at `cuts`, the n-th one `skew[n]` bytes off a page's start in memory."""
-    ends = sorted({cut for cut in cuts if 0 < cut < len(data)}) + [len(data)]
+    ends = [*sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
     segments = []
     start = 0
     for number, end in enumerate(ends):

@@ -7,10 +7,12 @@ import dataclasses
 import errno
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tests.dio.kit import Watch, aligned, drive, laid_out, pattern, pump
 
 from odirect.base.errors import BadBufferError, DeviceError, NoSpaceError, ODirectError, WouldBlockError
 from odirect.block.bio import FUA, NOWAIT, READ, WRITE, Bio
@@ -30,7 +32,6 @@ from odirect.sched.traps import gather, wait, yield_now
 from odirect.testing.devices import OddDevice
 from odirect.testing.model import ModelFile
 from odirect.testing.sim import Simulation, explore, run_seeds
-from tests.dio.kit import Watch, aligned, drive, laid_out, pattern, pump
 
 KIB = 1 << 10
 ALIGNS = [
@@ -58,7 +59,7 @@ class Setting:
         twin: bool = False,
         chunk: int = 64 * KIB,
         chunks: int = 2,
-        **changed: int,
+        **changed: Any,
     ) -> None:
         memory, read, write = aligns
         self.disk = OddDevice(len(data), memory_align=memory, read_align=read, write_align=write)
@@ -99,7 +100,7 @@ class Guarded:
     """Memory in segments, each with canaries around it."""
 
     def __init__(self, length: int, cuts: Sequence[int], skew: Sequence[int]) -> None:
-        ends = sorted({cut for cut in cuts if 0 < cut < length}) + [length]
+        ends = [*sorted({cut for cut in cuts if 0 < cut < length}), length]
         self.areas = []
         self.segments = []
         start = 0
@@ -122,7 +123,9 @@ class Guarded:
 
 SIZE = 5 * 65536
 EDGES = st.sampled_from([0, 512, 4096, 65536, 2 * 65536, 3 * 65536, SIZE])
-OFFSETS = st.builds(lambda edge, away: max(0, edge + away), EDGES, st.sampled_from([-513, -1, 0, 1, 100, 511, 512, 4096]))
+OFFSETS = st.builds(
+    lambda edge, away: max(0, edge + away), EDGES, st.sampled_from([-513, -1, 0, 1, 100, 511, 512, 4096])
+)
 LENGTHS = st.one_of(
     st.sampled_from([1, 511, 512, 513, 4095, 4096, 4097, 65536, 65537, 130000, 3 * 65536]), st.integers(0, 9000)
 )
@@ -287,9 +290,7 @@ def test_what_is_aligned_inside_a_request_goes_direct():
     assert here.write(100, [view]).outcome.kind is Kind.BOUNCED
     assert here.data[100 : 100 + len(data)] == data
     start, end = address_of(view), address_of(view) + len(view)
-    direct = [
-        bio.length for bio in here.top.bios if bio.op == WRITE and start <= address_of(bio.segments[0]) < end
-    ]
+    direct = [bio.length for bio in here.top.bios if bio.op == WRITE and start <= address_of(bio.segments[0]) < end]
     assert sum(direct) == 512 * KIB - 512
     view[:] = bytes(len(view))
     here.top.bios.clear()
@@ -347,8 +348,8 @@ def two_writers(first: tuple[int, int], second: tuple[int, int], aligns: tuple[i
         limits = Limits(
             memory_align=aligns[0], read_align=aligns[1], write_align=aligns[2], fua=True, volatile_cache=False
         )
-        device = sim.device(8192, limits=limits)
-        device.store.data[:] = old
+        disk = MemoryDevice(8192, limits=limits, data=old)
+        device = sim.device(store=disk)
         lock, pool = RangeLock(), BufferPool(4096, 4)
         route = Route(device, pool, None, lock if locked else None)
 
@@ -365,7 +366,7 @@ def two_writers(first: tuple[int, int], second: tuple[int, int], aligns: tuple[i
                     offset, length = (first, second)[number]
                     image[offset : offset + length] = bytes([number + 1]) * length
                 allowed.add(bytes(image))
-            found = bytes(device.store.data)
+            found = bytes(disk.data)
             assert found in allowed, "a byte of one write was lost"
             assert lock.idle and pool.lent == 0
 
@@ -401,7 +402,8 @@ def test_many_writers_of_one_block():
     """F10: each writes his own bytes, by seed, over several chunks."""
 
     def scenario(sim: Simulation):
-        device = sim.device(4096, limits=Limits(fua=True, volatile_cache=False))
+        disk = MemoryDevice(4096, limits=Limits(fua=True, volatile_cache=False))
+        device = sim.device(store=disk)
         lock, pool = RangeLock(), BufferPool(4096, 2)
         route = Route(device, pool, None, lock)
         cuts = sorted(sim.rng.sample(range(1, 4096), 9))
@@ -410,12 +412,16 @@ def test_many_writers_of_one_block():
         async def main() -> None:
             await gather(
                 *[
-                    sim.spawn(bounce.write(route, start, [aligned(bytes([number + 1]) * (end - start))], end - start, end=4096))
+                    sim.spawn(
+                        bounce.write(
+                            route, start, [aligned(bytes([number + 1]) * (end - start))], end - start, end=4096
+                        )
+                    )
                     for number, (start, end) in enumerate(runs)
                 ]
             )
             expected = b"".join(bytes([number + 1]) * (end - start) for number, (start, end) in enumerate(runs))
-            assert bytes(device.store.data) == expected
+            assert bytes(disk.data) == expected
             assert lock.idle and pool.lent == 0
 
         return main()
@@ -505,7 +511,8 @@ def test_more_requests_than_buffers():
     """Each takes its turn: lending cannot deadlock, not even with one buffer for all."""
     for seed in range(20):
         with Simulation(seed) as sim:
-            device = sim.device(SIZE, limits=Limits(fua=True, volatile_cache=False))
+            disk = MemoryDevice(SIZE, limits=Limits(fua=True, volatile_cache=False))
+            device = sim.device(store=disk)
             lock, pool = RangeLock(), BufferPool(4096, 1)
             route = Route(device, pool, None, lock)
             tasks = [
@@ -513,7 +520,7 @@ def test_more_requests_than_buffers():
                 for number in range(10)
             ]
             sim.run(gather(*tasks))
-            found = bytes(device.store.data)
+            found = bytes(disk.data)
             for number in range(10):
                 assert found[100 + number * 20000 : 100 + (number + 1) * 20000] == pattern(20000, number)
             assert pool.lent == 0
@@ -623,6 +630,15 @@ def test_chunks_are_moved_side_by_side():
         here = Setting(pattern(SIZE), chunks=8)
         here.write(0, [memory], ordered=ordered)
         assert here.top.most == most
+
+
+def test_buffers_too_small_for_a_block_are_a_mistake():
+    """F51: said so, and not found out by the kernel."""
+    here = Setting(pattern(SIZE), (512, 65536, 65536), chunk=4096)
+    for call in (here.read, here.write):
+        with pytest.raises(ValueError, match="4096 bytes does not hold whole blocks of 65536"):
+            call(0, [empty(65536 + 1)[1:]])
+        here.check_idle()
 
 
 def test_requests_of_one_scheduler_share_the_pool():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
@@ -167,10 +168,9 @@ def test_a_cancellation_may_be_caught_once(scheduler):
     event = Event()
 
     async def work() -> object:
-        try:
+        with contextlib.suppress(Cancelled):
             await wait(event)
-        except Cancelled:
-            return await wait(event)
+        return await wait(event)
 
     task = scheduler.spawn(work())
     scheduler.run_ready()

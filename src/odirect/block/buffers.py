@@ -32,18 +32,20 @@ class _AnonymousMemory(mmap.mmap):
     """Memory of ours; its type tells copies that it cannot be cut short from outside."""
 
 
-def empty(length: int, *, huge: bool = False) -> memoryview:
+def empty(length: int, *, huge: bool | None = None) -> memoryview:
     """`length` bytes of page-aligned, writable, zeroed memory, as a memoryview of bytes.
 
     The memory is anonymous and really there (where the kernel can: some file systems serve reads into
     memory that nobody has touched from their cache), is not inherited by fork (F24), and is freed
-    with the last view of it.
-    huge: ask for huge pages, which a large buffer is pinned faster with. Use `numpy.frombuffer` for
-    an array over it. Raises ValueError for a negative length, MemoryError when there is none.
+    with the last view of it. huge: ask for huge pages, which the kernel pins in a fraction of the
+    time (default: from 2 MiB on, where not much of a page is wasted). Use `numpy.frombuffer` for an
+    array over it. Raises ValueError for a negative length, MemoryError when there is none.
     """
     if length < 0:
         raise ValueError(f"a buffer cannot have {length} bytes")
-    unit = _HUGE_PAGE if huge and length >= _HUGE_PAGE else mmap.PAGESIZE
+    if huge is None:
+        huge = length >= _HUGE_PAGE
+    unit = _HUGE_PAGE if huge and length else mmap.PAGESIZE
     try:
         area = _AnonymousMemory(-1, max(unit, align_up(length, unit)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
@@ -201,13 +203,9 @@ class BufferPool:
 
     def try_take(self) -> Lease | None:
         """A buffer of `chunk_bytes`, or None if all are lent."""
-        if self._free:
-            return Lease(self, self._free.pop())
-        if self._made < self.chunks:
-            view = self._make()
-            self._made += 1
-            return Lease(self, view)
-        return None
+        if not self._free and self._made < self.chunks:
+            self._make()
+        return Lease(self, self._free.pop()) if self._free else None
 
     def add_waiter(self, task: Task[object]) -> None:
         """See `sched.traps.Waitable`."""
@@ -218,11 +216,15 @@ class BufferPool:
         if task in self._line:
             self._line.remove(task)
 
-    def _make(self) -> memoryview:
-        view = empty(self.chunk_bytes)
+    def _make(self) -> None:
+        """More buffers: as many as fit a huge page, or one."""
+        number = min(self.chunks - self._made, max(1, _HUGE_PAGE // self.chunk_bytes))
+        slab = empty(number * self.chunk_bytes)
         if self._ring is not None:
-            self._ring.add_buffer(view)
-        return view
+            self._ring.add_buffer(slab)
+        size = self.chunk_bytes
+        self._free.extend(slab[at : at + size] for at in range(0, number * size, size))
+        self._made += number
 
     def _put(self, view: memoryview) -> None:
         if self._line:

@@ -1,8 +1,8 @@
 """Direct I/O on a block device, or on a plain file that the kernel maps: rows B.
 
 `transfer` moves bytes between the caller's memory and a device that must take them as they are:
-what is not aligned is refused (`dio.bounce` is for that). This is also the one place where a short
-transfer is resumed (F04) and where a bio that the kernel refused is told from one that failed.
+what is not aligned is refused (`dio.bounce` is for that). This is also the place where a bio that the
+kernel refused is told from one that failed; what came back short is resumed by `dio.piece`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import errno
 from collections.abc import Sequence
 from typing import cast
 
-from odirect.base.errors import AlignmentError, AtomicLimitError, DeviceError, NoSpaceError, from_errno
+from odirect.base.errors import AlignmentError, AtomicLimitError, NoSpaceError, from_errno
 from odirect.base.units import align_down, is_power_of_two
-from odirect.block.bio import ATOMIC, FLUSH, FUA, META, NOWAIT, READ, WRITE, Bio
+from odirect.block.bio import ATOMIC, FLUSH, FUA, META, NOWAIT, READ, Bio
 from odirect.block.buffers import segments_aligned, slice_segments
 from odirect.block.device import BlockDevice, Limits
+from odirect.dio.piece import VERB, Piece
 from odirect.sched.traps import Event, shielded
 
-# A device that moves no byte this often in a row, without an error, never will.
-_MOST_STALLS = 16
-_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
-_TRANSIENT = (errno.EAGAIN, errno.EINTR)
-_VERB = {READ: "reading", WRITE: "writing"}
+#: What a kernel answers that does not do this directly.
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 
 #: Trackers kept for reuse; a request that finds none makes one (B03).
 _RESERVE = 32
@@ -39,7 +37,7 @@ class Refused(list[tuple[int, int]]):
 def check_aligned(limits: Limits, op: int, offset: int, segments: Sequence[memoryview], length: int) -> None:
     """Raise AlignmentError unless the device can take this as it is (B01, EINVAL)."""
     unit = limits.read_align if op == READ else limits.write_align
-    verb = _VERB[op]
+    verb = VERB[op]
     if offset % unit or length % unit:
         raise AlignmentError(f"{verb} {length} bytes at {offset}: offset and length must be multiples of {unit}")
     if not segments_aligned(segments, limits.memory_align, unit):
@@ -132,20 +130,6 @@ async def change_range(device: BlockDevice, op: int, offset: int, length: int) -
         raise from_errno(bio.error, f"{'discarding' if op != 4 else 'zeroing'} {length} bytes at {offset}")
 
 
-class _Piece:
-    """What one bio of a request was to move, and how far it has come."""
-
-    __slots__ = ("done", "error", "length", "offset", "segments", "stalls")
-
-    def __init__(self, offset: int, segments: Sequence[memoryview], length: int) -> None:
-        self.offset = offset
-        self.segments = segments
-        self.length = length
-        self.done = 0
-        self.stalls = 0
-        self.error = 0
-
-
 class _Tracker:
     """A request of several bios, or of one that did not go through whole (B03).
 
@@ -158,9 +142,7 @@ class _Tracker:
 
     def _reset(self) -> None:
         self._device: BlockDevice | None = None
-        self._op = READ
-        self._flags = 0
-        self._pieces: list[_Piece] = []
+        self._pieces: list[Piece] = []
         self._outstanding = 0
         self._error: BaseException | None = None
         self._moved = Event()
@@ -179,7 +161,7 @@ class _Tracker:
         refused: Refused | None,
     ) -> int:
         """Build the bios, keep the device's queue full but bounded (G14), and wait for all."""
-        self._begin(device, op, flags, refused)
+        self._begin(device, refused)
         limits = device.limits
         depth = 1 if ordered else max(1, limits.queue_depth)
         unit = limits.read_align if op == READ else limits.write_align
@@ -191,23 +173,21 @@ class _Tracker:
                 # One was refused, so the rest would be: leave it whole to the other way.
                 refused.append((start, length - start))
                 break
-            self._start(_Piece(offset + start, parts, size))
+            self._start(Piece(op, offset + start, parts, size, flags))
         return await self._finish()
 
     async def adopt(self, device: BlockDevice, bio: Bio, refused: Refused | None) -> int:
         """Go on with a bio of the simple path that did not go through whole."""
-        self._begin(device, bio.op, bio.flags, refused)
-        piece = _Piece(bio.addr, bio.segments, bio.length)
+        self._begin(device, refused)
+        piece = Piece(bio.op, bio.addr, bio.segments, bio.length, bio.flags)
         self._pieces.append(piece)
         self._outstanding += 1
-        bio.private = (piece, 0)
+        bio.private = piece
         self._ended(bio)
         return await self._finish()
 
-    def _begin(self, device: BlockDevice, op: int, flags: int, refused: Refused | None) -> None:
+    def _begin(self, device: BlockDevice, refused: Refused | None) -> None:
         self._device = device
-        self._op = op
-        self._flags = flags
         self._refused = refused
 
     async def _finish(self) -> int:
@@ -217,7 +197,7 @@ class _Tracker:
         count = 0
         for piece in self._pieces:
             count += piece.done
-            if piece.done < piece.length and not piece.error:
+            if piece.done < piece.length and piece.error is None:
                 break
         return count
 
@@ -236,23 +216,20 @@ class _Tracker:
             except BaseException as error:
                 self._fail(error)
 
-    def _start(self, piece: _Piece) -> None:
+    def _start(self, piece: Piece) -> None:
         self._pieces.append(piece)
-        self._submit(piece, 0)
+        self._submit(piece, piece.bio(0))
 
-    def _submit(self, piece: _Piece, start: int) -> None:
-        """Queue what is left of `piece` from byte `start` of it."""
+    def _submit(self, piece: Piece, bio: Bio) -> None:
         device = self._device
         if device is None:
             raise RuntimeError("the tracker is not in use")
-        segments = slice_segments(piece.segments, start, piece.length - start) if start else piece.segments
-        bio = Bio(
-            self._op, piece.offset + start, segments, piece.length - start, self._flags, self._ended, (piece, start)
-        )
+        bio.end = self._ended
+        bio.private = piece
         try:
             device.submit(bio)
         except Exception as error:  # A buffer that cannot be used (B08).
-            piece.error = errno.EFAULT
+            piece.error = error
             self._fail(error)
             return
         self._outstanding += 1
@@ -263,52 +240,23 @@ class _Tracker:
 
     def _ended(self, bio: Bio) -> None:
         """A bio has come back: whole, short, refused or failed. Runs in the completion; never waits."""
-        piece, start = cast("tuple[_Piece, int]", bio.private)
-        self._outstanding -= 1
-        before = piece.done
-        piece.done = max(before, start + bio.done_bytes)
-        if bio.error and bio.error not in _TRANSIENT:
-            self._judge_error(piece, bio)
-        elif piece.done < piece.length:
-            self._resume(piece, bio, progressed=piece.done > before)
-        self._moved.fire()
-
-    def _judge_error(self, piece: _Piece, bio: Bio) -> None:
-        piece.error = bio.error
-        if bio.error in _REFUSALS and self._refused is not None:
-            self._refusing = True
-            first = self._pieces[0].offset
-            # What of it was moved counts; the rest is for whoever asked for the list.
-            self._refused.append((piece.offset - first + piece.done, piece.length - piece.done))
-            return
-        self._fail(from_errno(bio.error, f"{_VERB[self._op]} {bio.length} bytes at {bio.addr}"))
-
-    def _resume(self, piece: _Piece, bio: Bio, *, progressed: bool) -> None:
-        """Go on after a short transfer, where it is aligned: a part of a block is moved again (F04)."""
+        piece = cast(Piece, bio.private)
         device = self._device
         if device is None:
             raise RuntimeError("the tracker is not in use")
-        reached = piece.offset + piece.done
-        if self._op == READ and reached >= device.size_bytes:
-            return  # The end of the file, told from a short transfer by its size.
-        piece.stalls = 0 if progressed else piece.stalls + 1
-        if piece.stalls > _MOST_STALLS:
-            self._fail(DeviceError(f"{_VERB[self._op]} at {reached}: the device moves nothing and gives no error"))
-            piece.error = errno.EIO
-            return
-        limits = device.limits
-        unit = limits.read_align if self._op == READ else limits.write_align
-        self._submit(piece, _restart(piece, max(unit, limits.memory_align)))
-
-
-def _restart(piece: _Piece, unit: int) -> int:
-    """The last byte of `piece`, not past what was moved, that is aligned on the device and in memory."""
-    start = 0
-    for segment in piece.segments:
-        if piece.done < start + len(segment):
-            return start + align_down(piece.done - start, unit)
-        start += len(segment)
-    return start
+        self._outstanding -= 1
+        following = piece.came_back(bio, device)
+        if following is not None:
+            self._submit(piece, following)
+        elif piece.error is not None:
+            if bio.error in REFUSALS and self._refused is not None:
+                self._refusing = True
+                first = self._pieces[0].offset
+                # What of it was moved counts; the rest is for whoever asked for the list.
+                self._refused.append((piece.offset - first + piece.done, piece.length - piece.done))
+            else:
+                self._fail(piece.error)
+        self._moved.fire()
 
 
 def split(
@@ -368,13 +316,13 @@ async def _one_by_one(
             continue
         if count:
             break
-        if bio.error in _REFUSALS and refused is not None:
+        if bio.error in REFUSALS and refused is not None:
             refused.append((0, length))
             break
         inside = op != READ or offset < device.size_bytes
         error = bio.error or (errno.EAGAIN if inside else 0)
         if error:
-            raise from_errno(error, f"{_VERB[op]} {size} bytes at {offset}")
+            raise from_errno(error, f"{VERB[op]} {size} bytes at {offset}")
         break
     return count
 

@@ -198,8 +198,10 @@ def _plan(
     return [part for part in parts if part.length]
 
 
-def _chunks(start: int, end: int, most: int) -> list[tuple[int, int]]:
+def _chunks(start: int, end: int, most: int, unit: int) -> list[tuple[int, int]]:
     """[start, end) cut at multiples of `most`, so that each piece fits a buffer with its blocks whole."""
+    if most % unit:
+        raise ValueError(f"a private buffer of {most} bytes does not hold whole blocks of {unit}")
     cuts = [start, *range(align_down(start, most) + most, end, most), end]
     return list(pairwise(cuts))
 
@@ -214,7 +216,7 @@ async def _bounced_read(
     refused: Refused | None,
 ) -> int:
     unit = route.device.limits.read_align
-    chunks = _chunks(offset, offset + length, route.pool.chunk_bytes)
+    chunks = _chunks(offset, offset + length, route.pool.chunk_bytes, unit)
     got = [0] * len(chunks)
 
     async def one(number: int) -> bool:
@@ -256,7 +258,7 @@ async def _bounced_write(
     refused: Refused | None,
 ) -> int:
     """Write from a private copy; the parts of blocks at either end are merged."""
-    chunks = _chunks(offset, offset + length, route.pool.chunk_bytes)
+    chunks = _chunks(offset, offset + length, route.pool.chunk_bytes, unit)
     got = [0] * len(chunks)
     untried = dict(enumerate(chunks))
 
@@ -286,7 +288,7 @@ class _Copy(NamedTuple):
 
 
 def _copy(buffer: memoryview, segments: Sequence[memoryview], start: int, stop: int, unit: int) -> _Copy:
-    """A copy, in `buffer`, of what goes to device bytes [start, stop); the whole blocks lie at its beginning, aligned."""
+    """A copy in `buffer` of what goes to device bytes [start, stop); the whole blocks are at its start, aligned."""
     length = stop - start
     head = min(length, align_up(start, unit) - start)
     body = align_down(length - head, unit)
@@ -342,7 +344,7 @@ async def _merge(route: Route, offset: int, view: memoryview, end: int, flags: i
     if route.twin is not None:
         order = route.order if route.order is not None else WriteOrder()
         with await order.merge(offset, len(view)):
-            return await transfer(route.twin, WRITE, offset, [view], len(view), flags=flags, end=end)
+            return await transfer(route.twin, WRITE, offset, [view], len(view), flags=flags, end=end, ordered=True)
     start = align_down(offset, unit)
     lock = route.lock if route.lock is not None else RangeLock()
     with await lock.hold(start, unit):
@@ -370,7 +372,7 @@ async def _in_turn(one: Callable[[int], Coroutine[Any, Any, bool]], number: int,
                 whole = await one(turn)
             except BaseException as error:
                 going = False
-                first = first or error
+                first = error if first is None else first
                 raise
             going = going and whole
 

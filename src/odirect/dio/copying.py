@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import mmap
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -221,25 +222,44 @@ class Mover:
     # One chunk.
 
     async def fill(self, file: PlainFile, chunk: Chunk, view: memoryview) -> None:
-        """Read all of `chunk` to the start of `view`, which is as long as its last block demands."""
-        asked = min(len(view), align_up(chunk.length, file.state.limits.read_align))
-        with _named(file):
-            moved = await file.read(chunk.offset, [view[:asked]], asked)
-        self._check_strict(moved, file)
-        self.reads.add(moved._replace(transferred=min(moved.transferred, chunk.length)))
-        if moved.transferred < chunk.length:
-            raise shrank(file, chunk.offset + moved.transferred, chunk.end)
+        """Read all of `chunk` to the start of `view`, which is as long as its last block demands.
+
+        What a file has in its last block is read apart, so that it alone counts as bounced.
+        """
+        unit = file.state.limits.read_align
+        body = align_down(chunk.length, unit)
+        if body < chunk.length and chunk.offset + body + unit <= file.size_bytes:
+            body += unit  # The block is whole; only the chunk ends within it.
+        for start, stop in ((0, body), (body, chunk.length)):
+            if start >= stop:
+                continue
+            asked = min(len(view), align_up(stop, unit)) - start
+            with _named(file):
+                moved = await file.read(chunk.offset + start, [view[start : start + asked]], asked)
+            self._check_strict(moved, file)
+            wanted = min(stop, chunk.length) - start
+            self.reads.add(moved._replace(transferred=min(moved.transferred, wanted)))
+            if moved.transferred < wanted:
+                raise shrank(file, chunk.offset + start + moved.transferred, chunk.end)
 
     async def write(self, file: PlainFile, offset: int, view: memoryview) -> None:
-        """Write all of `view` at `offset`."""
-        with _named(file):
-            moved = await file.write(offset, [view], len(view))
-        self._check_strict(moved, file)
-        self.writes.add(moved)
-        if moved.transferred < len(view):
-            raise NoSpaceError(
-                f"writing {len(view)} bytes at {offset}: it ends at {offset + moved.transferred}", path=file.state.path
-            )
+        """Write all of `view` at `offset`; a part of a page at its end apart, after the rest.
+
+        The page cache merges that part, so that nothing else of its page may be under way meanwhile.
+        """
+        body = align_down(len(view), max(file.state.limits.write_align, mmap.PAGESIZE))
+        for start, part in ((0, view[:body]), (body, view[body:])):
+            if not part:
+                continue
+            with _named(file):
+                moved = await file.write(offset + start, [part], len(part))
+            self._check_strict(moved, file)
+            self.writes.add(moved)
+            if moved.transferred < len(part):
+                raise NoSpaceError(
+                    f"writing {len(part)} bytes at {offset + start}: it ends at {offset + start + moved.transferred}",
+                    path=file.state.path,
+                )
 
     async def _zero(self, target: PlainFile, chunk: Chunk) -> None:
         """Make a range of a device read as zeroes, by its own command or by writing them (never old contents)."""

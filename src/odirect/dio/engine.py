@@ -16,10 +16,10 @@ import enum
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-from odirect.base.errors import AlignmentError, BadBufferError, DeviceError
-from odirect.base.units import align_up
+from odirect.base.errors import AlignmentError, BadBufferError, DeviceError, ODirectError
+from odirect.base.units import align_down, align_up
 from odirect.block.bio import READ, WRITE, Bio
-from odirect.block.buffers import segments_aligned, slice_segments
+from odirect.block.buffers import empty, scatter_bytes, segments_aligned, slice_segments
 from odirect.block.device import BlockDevice, Limits
 from odirect.dio import zeroing
 from odirect.dio.completion import DeferredQueue
@@ -32,10 +32,20 @@ from odirect.sched.traps import Event, shielded
 
 # Bios in flight while a request is still being built; beyond that completed ones are reaped first (G14).
 _MOST_IN_FLIGHT = 64
-# What reads as zeroes and cannot be written in place without an allocation.
-_NO_PLACE = frozenset({ExtentKind.HOLE, ExtentKind.DELALLOC})
-_READS_ZEROES = frozenset({ExtentKind.HOLE, ExtentKind.DELALLOC, ExtentKind.UNWRITTEN})
-_NOT_DIRECT = {ExtentKind.INLINE: Reason.INLINE, ExtentKind.ENCODED: Reason.ENCODED}
+_READS_ZEROES = frozenset({ExtentKind.HOLE, ExtentKind.UNWRITTEN})
+# Where a request stops, and why. Delalloc is data that only the page cache has: a reader who got
+# zeroes for it would be misled, a writer would need an allocation (G08).
+_STOPS_READS = {
+    ExtentKind.DELALLOC: Reason.CACHED_BY_FS,
+    ExtentKind.INLINE: Reason.INLINE,
+    ExtentKind.ENCODED: Reason.ENCODED,
+}
+_STOPS_WRITES = {
+    ExtentKind.HOLE: Reason.HOLE,
+    ExtentKind.DELALLOC: Reason.HOLE,
+    ExtentKind.INLINE: Reason.INLINE,
+    ExtentKind.ENCODED: Reason.ENCODED,
+}
 
 
 class DioFlags(enum.IntFlag):
@@ -93,12 +103,13 @@ class DirectRequest:
     asynchronous: it may be left in flight (G04, G18). sync, data_only: a write is durable when it
     is done, as O_SYNC or O_DSYNC have it (G05). bio_flags are put on every bio. When `done` has
     fired, `result()` gives the bytes moved, or raises; `fallback` says why a request stopped early
-    and its rest is for the buffered path.
+    and its rest is for the buffered path, `bounced` why a part went through private memory.
     """
 
     __slots__ = (
         "asynchronous",
         "bio_flags",
+        "bounced",
         "data_only",
         "done",
         "error",
@@ -134,6 +145,7 @@ class DirectRequest:
         self.transferred = 0
         self.error: BaseException | None = None
         self.fallback: Reason | None = None
+        self.bounced = Reason.NONE
 
     def result(self) -> int:
         """The bytes moved; raises the error; RuntimeError while it is in flight."""
@@ -155,10 +167,10 @@ async def direct_io(request: DirectRequest, inode: Inode, mapper: Mapper, flags:
     What goes wrong after the start is in the request. Raises AlignmentError before anything is
     locked, counted or mapped (G01), and what writing cached data back raises (G03).
     """
-    unit = _unit(request, inode)
     if not request.length:
         request.done.fire()
         return
+    unit = _unit(request, inode)
     held: Held | None = None
     if flags & DioFlags.LOCKING and request.op == READ:
         held = await inode.lock.hold()
@@ -181,7 +193,7 @@ def _unit(request: DirectRequest, inode: Inode) -> int:
     """The dio block: the file system's block, or the device's where only that fits (G01)."""
     limits = inode.limits
     finer = limits.read_align if request.op == READ else limits.write_align
-    for unit in (inode.block_bytes, finer):
+    for unit in (max(inode.block_bytes, finer), finer):
         if request.offset % unit == 0 and segments_aligned(request.segments, limits.memory_align, unit):
             return unit
     raise AlignmentError(
@@ -203,20 +215,30 @@ class _Run:
         self.segments: list[memoryview] = []
         self.size = 0
 
+    def goes_on(self, device: BlockDevice, addr: int, file_offset: int, new: bool) -> bool:
+        """Whether what is there continues this, on the device and in the file (G12)."""
+        return (
+            self.device is device
+            and self.addr + self.size == addr
+            and self.file_offset + self.size == file_offset
+            and self.new == new
+        )
+
 
 class _Sent(Piece):
-    """A run that was sent: where it belongs in the file, and whether its blocks are new."""
+    """A run that was sent: where it belongs in the file, and whether its blocks are new.
 
-    __slots__ = ("device", "file_offset", "new", "zeroing")
+    covers: it is zeroes, sent in place of a piece of new blocks that failed.
+    """
 
-    def __init__(
-        self, op: int, run: _Run, segments: Sequence[memoryview], flags: int, *, new: bool, zeroing: bool = False
-    ) -> None:
-        super().__init__(op, run.addr, segments, run.size, flags)
+    __slots__ = ("covers", "device", "file_offset", "new")
+
+    def __init__(self, op: int, run: _Run, flags: int, *, covers: bool = False) -> None:
+        super().__init__(op, run.addr, run.segments, run.size, flags)
         self.device = run.device
         self.file_offset = run.file_offset
-        self.new = new
-        self.zeroing = zeroing
+        self.new = run.new
+        self.covers = covers
 
 
 class _Work:
@@ -230,7 +252,7 @@ class _Work:
         self.unit = unit
         self.size = inode.size_bytes
         self.writes = request.op == WRITE
-        end = request.offset + request.length
+        self.end = end = request.offset + request.length
         # A size that is published before the data is on the device shows what was there before (G04).
         extends = self.writes and end > self.size and not flags & DioFlags.ASYNC_EXTEND
         self.asynchronous = request.asynchronous and not extends
@@ -239,8 +261,11 @@ class _Work:
         self.position = request.offset
         self.private: object = None
         self.run: _Run | None = None
+        # The last sector of a file that ends within it, and the byte of the file that it begins with.
+        self.tail: memoryview | None = None
+        self.tail_offset = 0
+        self.padded = False
         self.outstanding = 0
-        self.building = True
         self.left = False
         self.changed = Event()
         self.build_error: BaseException | None = None
@@ -267,11 +292,15 @@ class _Work:
                 if not await self._take(answer, end):
                     break
             self._send()
+        except GeneratorExit:
+            raise  # Thrown away: it must not wait any more.
         except BaseException as error:
-            # What was gathered but not sent is dropped; what was sent is waited for (G16, G20).
-            self.run = None
             self.build_error = error
-        self.building = False
+            # What was gathered is dropped, but new blocks would then show what was in them (F11).
+            # What was sent is waited for (G16, G20).
+            if self.run is not None and self.run.new:
+                self._send()
+            self.run = None
 
     def _going(self) -> bool:
         return self.device_error is None and self.fault is None
@@ -299,9 +328,7 @@ class _Work:
         self.private = extent.private
         if extent.flags & DEFER_COMPLETION:
             self.defer = True
-        reason = _NOT_DIRECT.get(extent.kind)
-        if reason is None and self.writes and extent.kind in _NO_PLACE:
-            reason = Reason.HOLE
+        reason = (_STOPS_WRITES if self.writes else _STOPS_READS).get(extent.kind)
         if reason is not None:
             self.request.fallback = reason
             return False
@@ -314,8 +341,12 @@ class _Work:
 
     def _read_zeroes(self, stop: int) -> bool:
         """A read of what has no data: zeroes, written here (G09)."""
-        for target in self._memory(self.position, stop):
-            if zero_fill(target) < 0:
+        for target in self._memory(self.position, min(stop, self.size)):
+            try:
+                done = zero_fill(target)
+            except ValueError:  # It is read-only.
+                done = -1
+            if done < 0:
                 self.fault = BadBufferError("the caller's memory cannot be written")
                 return False
         self.position = stop
@@ -323,71 +354,105 @@ class _Work:
 
     async def _gather(self, extent: Extent, device: BlockDevice, addr: int, stop: int) -> None:
         """Add [position, stop) to the bio being built, with zeroes around it in new blocks (G10, G12)."""
-        new = bool(extent.flags & NEW) and self.writes
-        start_addr = addr + self.position - extent.offset
-        if new:
+        first, size = self.position, stop - self.position
+        new = self.writes and bool(extent.flags & NEW)
+        if not self.writes and stop > self.size:
+            segments = self._memory_to_the_end(device.limits.read_align)
+        else:
+            segments = self._memory(first, stop)
+        if new or (self.writes and extent.kind is ExtentKind.UNWRITTEN):
             self.inode.forget_blocks(device, addr, extent.length)
-            lead = zeroing.before(self.position, self.inode.block_bytes)
-            if lead:
-                await self._add(device, start_addr - lead, self.position - lead, zeroing.zero_segments(lead), new)
-        await self._add(device, start_addr, self.position, self._memory(self.position, stop), new)
-        if new:
-            trail = zeroing.after(stop, self.inode.block_bytes)
-            if trail:
-                tail_addr = start_addr + stop - self.position
-                await self._add(device, tail_addr, stop, zeroing.zero_segments(trail), new)
+            # Elsewhere than at the request's ends, the rest of the block is the request's own data.
+            lead = zeroing.before(first, self.inode.block_bytes) if first == self.request.offset else 0
+            trail = zeroing.after(stop, self.inode.block_bytes) if stop == self.end else 0
+            if lead or trail:
+                self.padded = True
+                segments = [*zeroing.zero_segments(lead), *segments, *zeroing.zero_segments(trail)]
+                first, size = first - lead, size + lead + trail
+        at = addr + first - extent.offset
+        added = await self._add(device, at, first, segments, new)
+        if new and added < size:
+            # Building stops within new blocks: the rest of them must not show what was in them (F11, G15).
+            zeroes = zeroing.zero_segments(size - added)
+            await self._add(device, at + added, first + added, zeroes, new, to_the_end=True)
         self.position = stop
         if extent.flags & BOUNDARY:
-            self._send()
+            await self._send_and_reap()
 
     async def _add(
-        self, device: BlockDevice, addr: int, file_offset: int, segments: Sequence[memoryview], new: bool
-    ) -> None:
+        self,
+        device: BlockDevice,
+        addr: int,
+        file_offset: int,
+        segments: Sequence[memoryview],
+        new: bool,
+        *,
+        to_the_end: bool = False,
+    ) -> int:
+        """Add memory to the bio being built: how many bytes, fewer if building is to stop (G14)."""
         limits = device.limits
         align = limits.write_align if self.writes else limits.read_align
         most = limits.max_bio_bytes - limits.max_bio_bytes % align
+        # Where a segment is cut, its second part must be aligned in memory too (F51).
+        grain = limits.memory_align if align < limits.memory_align <= most else align
+        added = 0
         for segment in segments:
             at = 0
             while at < len(segment):
-                run = self._run_for(device, addr, file_offset, new, limits, most)
-                taken = min(len(segment) - at, most - run.size)
-                run.segments.append(segment[at : at + taken])
-                run.size += taken
-                at += taken
-                addr += taken
-                file_offset += taken
-                if run.size == most or len(run.segments) == limits.max_segments:
-                    self._send()
-                    await self._until_below(_MOST_IN_FLIGHT)
-                    if not self._going():
-                        return
-
-    def _run_for(self, device: BlockDevice, addr: int, file_offset: int, new: bool, limits: Limits, most: int) -> _Run:
-        """The bio being built, if this continues it on the device and in the file; else a new one (G12)."""
-        run = self.run
-        if run is not None and (
-            run.device is not device
-            or run.addr + run.size != addr
-            or run.file_offset + run.size != file_offset
-            or run.new != new
-        ):
-            self._send()
-            run = None
-        if run is None:
-            run = self.run = _Run(device, addr, file_offset, new)
-        return run
+                run = self.run
+                if run is not None and not run.goes_on(device, addr + added, file_offset + added, new):
+                    if not await self._send_and_reap() and not to_the_end:
+                        return added
+                    run = None
+                if run is None:
+                    run = self.run = _Run(device, addr + added, file_offset + added, new)
+                left, room = len(segment) - at, most - run.size
+                taken = left if left <= room else align_down(room, grain)
+                if taken:
+                    run.segments.append(segment[at : at + taken])
+                    run.size += taken
+                    at += taken
+                    added += taken
+                is_full = not taken or run.size == most or len(run.segments) == limits.max_segments
+                if is_full and not await self._send_and_reap() and not to_the_end:
+                    return added
+        return added
 
     def _memory(self, start: int, stop: int) -> list[memoryview]:
-        return slice_segments(self.request.segments, start - self.request.offset, stop - start)
+        try:
+            return slice_segments(self.request.segments, start - self.request.offset, stop - start)
+        except ValueError as error:  # It was released after it was checked (G15).
+            self.fault = self.fault or BadBufferError(f"the caller's memory cannot be used: {error}")
+            return []
+
+    def _memory_to_the_end(self, align: int) -> list[memoryview]:
+        """The caller's memory for the file's last whole sectors, and private memory for the rest of the file.
+
+        What the device holds behind the file's last byte is not the caller's to see, nor is his
+        memory there ours to write (F02, F11).
+        """
+        whole = max(self.position, align_down(self.size, align))
+        segments = self._memory(self.position, whole)
+        if whole < self.size:
+            self.tail = empty(align_up(self.size, align) - whole)
+            self.tail_offset = whole
+            self.request.bounced = Reason.END_OF_FILE
+            segments.append(self.tail)
+        return segments
 
     # -- sending and completing ------------------------------------------------------------------
 
     def _send(self) -> None:
         run, self.run = self.run, None
-        if run is None:
-            return
-        piece = _Sent(self.request.op, run, run.segments, self.request.bio_flags, new=run.new)
-        self._submit(piece, piece.bio(0))
+        if run is not None:
+            piece = _Sent(self.request.op, run, self.request.bio_flags)
+            self._submit(piece, piece.bio(0))
+
+    async def _send_and_reap(self) -> bool:
+        """Send what is gathered, and wait if much is in flight (G14); whether building goes on."""
+        self._send()
+        await self._until_below(_MOST_IN_FLIGHT)
+        return self._going()
 
     def _submit(self, piece: _Sent, bio: Bio) -> None:
         bio.private = piece
@@ -398,13 +463,12 @@ class _Work:
                 self.hook.submit(bio, piece.file_offset + bio.addr - piece.offset)
             else:
                 piece.device.submit(bio)
-        except (TypeError, ValueError, BufferError) as error:
-            # The buffer cannot be used; whoever refused it has queued nothing.
-            self.outstanding -= 1
-            self._faulted(piece, BadBufferError(f"the caller's memory cannot be used: {error}"))
         except BaseException as error:
             self.outstanding -= 1
-            self.device_error = self.device_error or error
+            if isinstance(error, (TypeError, ValueError, BufferError)) and not isinstance(error, ODirectError):
+                # The buffer cannot be used; whoever refused it has queued nothing.
+                error = BadBufferError(f"the caller's memory cannot be used: {error}")
+            self._failed(piece, error)
 
     def _ended(self, bio: Bio) -> None:
         """A bio has come back. Runs in the completion; never waits."""
@@ -414,27 +478,32 @@ class _Work:
         if following is not None:
             self._submit(piece, following)
         elif piece.error is not None:
-            if isinstance(piece.error, BadBufferError) and not piece.zeroing:
-                self._faulted(piece, piece.error)
-            elif self.device_error is None:
-                self.device_error = piece.error
-        elif piece.done < piece.length and self.device_error is None:
-            self.device_error = DeviceError(
+            self._failed(piece, piece.error)
+        elif piece.done < piece.length:
+            message = (
                 f"the device ends at {piece.device.size_bytes}, before the file's byte "
                 f"{piece.file_offset + piece.done} that is mapped to {piece.offset + piece.done}"
             )
+            self._failed(piece, DeviceError(message))
         self.changed.fire()
         if self.left and not self.outstanding:
             self._complete()
 
-    def _faulted(self, piece: _Sent, error: BaseException) -> None:
-        """The caller's memory failed: blocks that are new must not show what was in them before (G15)."""
-        if self.fault is None:
-            self.fault = error
-        if piece.new:
-            run = _Run(piece.device, piece.offset, piece.file_offset, False)
-            run.size = piece.length
-            cover = _Sent(WRITE, run, zeroing.zero_segments(piece.length), piece.flags, new=False, zeroing=True)
+    def _failed(self, piece: _Sent, error: BaseException) -> None:
+        """A piece will not be whole: new blocks must not show what was in them before (G15, F11)."""
+        if isinstance(error, BadBufferError) and not piece.covers:
+            self.fault = self.fault or error
+        else:
+            self.device_error = self.device_error or error
+        if not piece.new or piece.covers:
+            return
+        limits = piece.device.limits
+        step = min(align_down(limits.max_bio_bytes, limits.write_align), limits.max_segments * zeroing.ZERO_BYTES)
+        for start in range(0, piece.length, step):
+            run = _Run(piece.device, piece.offset + start, piece.file_offset + start, True)
+            run.size = min(step, piece.length - start)
+            run.segments = zeroing.zero_segments(run.size)
+            cover = _Sent(WRITE, run, piece.flags, covers=True)
             self._submit(cover, cover.bio(0))
 
     async def _until_below(self, number: int) -> None:
@@ -453,9 +522,9 @@ class _Work:
     async def wait_or_leave(self) -> None:
         """Leave the request in flight where that is allowed, else wait for all of it (G18)."""
         request = self.request
-        whole = self.position == request.offset + request.length
-        clean = self.build_error is None and self.fault is None
-        if self.asynchronous and clean and self.outstanding and (whole or not self.writes):
+        # Whoever writes the rest of a padded block next must not be overtaken by its zeroes (F10).
+        may_stay = not self.writes or (self.position == self.end and not self.padded)
+        if self.asynchronous and may_stay and self.outstanding and self.build_error is None and self._going():
             self.left = True
             return
         await self._until_below(1)
@@ -471,10 +540,27 @@ class _Work:
             transferred = self.position - self.request.offset
             if not self.writes:
                 transferred = max(0, min(transferred, self.size - self.request.offset))
+            if self.tail is not None:
+                error = self._copy_tail(self.tail)
+                transferred = 0 if error is not None else transferred
+        queue: DeferredQueue | None = None
         if self.defer and transferred:
-            self.inode.deferred().put(self._complete_later(transferred))
+            try:
+                queue = self.inode.deferred()
+            except BaseException as raised:  # There is nobody to raise it to but the caller.
+                error = raised
+        if queue is not None:
+            queue.put(self._complete_later(transferred))
         else:
             self._tell(transferred, error)
+
+    def _copy_tail(self, tail: memoryview) -> BaseException | None:
+        """Give the caller the file's last bytes (F02); why that could not be."""
+        try:
+            scatter_bytes(self._memory(self.tail_offset, self.size), tail)
+        except (ODirectError, TypeError, ValueError, BufferError) as error:
+            return error
+        return self.fault
 
     async def _complete_later(self, transferred: int) -> None:
         """The same by a task, because making it durable has to wait (G05)."""

@@ -65,8 +65,13 @@ def here() -> Here:
     return found
 
 
-def _forget() -> None:
+def forget() -> None:
+    """Give up this thread's own; the next call makes it anew.
+
+    For a forked child, and after an exception that came from outside (a signal's handler): tasks may
+    have been stopped anywhere, with locks held. What is in flight is waited for when it is freed.
+    """
     _threads.__dict__.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=forget)

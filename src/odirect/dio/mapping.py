@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 class ExtentKind(enum.IntEnum):
     """What is behind a run of a file's bytes.
 
-    HOLE nothing; MAPPED data on the device; UNWRITTEN space that reads as zeroes; DELALLOC data in
-    the page cache, with no place yet; INLINE data in a metadata block; ENCODED compressed data.
+    HOLE nothing; MAPPED data on the device; UNWRITTEN space that reads as zeroes until `end_io` makes
+    it MAPPED; DELALLOC data in the page cache, with no place yet; INLINE data in a metadata block;
+    ENCODED compressed data. A write into part of an UNWRITTEN or NEW block writes zeroes to the rest
+    of it, so the mapper must not let it run beside another write of that block (F10).
     """
 
     HOLE = 0
@@ -29,7 +31,7 @@ class ExtentKind(enum.IntEnum):
 
 
 # Flags of an extent, as plain ints: they are tested once per mapping.
-NEW = 1  #              allocated by this very call: what is on the device there is somebody's old data
+NEW = 1  #              MAPPED, and allocated by this very call: readers would see somebody's old data there
 SHARED = 2  #           other files have these blocks too
 BOUNDARY = 4  #         the next look-up must read metadata: send what is gathered (G12)
 DEFER_COMPLETION = 8  # completion needs a task, because `end_io` has to wait for something (G05)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from odirect.base.errors import DeviceError, from_errno
 from odirect.base.units import align_down
-from odirect.block.bio import READ, WRITE, Bio
+from odirect.block.bio import NOWAIT, READ, WRITE, Bio
 from odirect.block.buffers import slice_segments
 from odirect.block.device import BlockDevice
 
@@ -49,7 +49,8 @@ class Piece:
         """The bio to go on with after `bio`, or None if the piece has come to its end, good or bad."""
         before = self.done
         self.done = max(before, bio.addr - self.offset + bio.done_bytes)
-        if bio.error and bio.error not in TRANSIENT:
+        waits = not (self.flags & NOWAIT and bio.error == errno.EAGAIN)
+        if bio.error and not (bio.error in TRANSIENT and waits):
             self.error = from_errno(bio.error, f"{VERB[self.op]} {bio.length} bytes at {bio.addr}")
             return None
         if self.done >= self.length:

@@ -21,6 +21,7 @@ from odirect.base.errors import (
     StickySyncError,
     WouldBlockError,
 )
+from odirect.base.units import align_up
 from odirect.block.bio import ATOMIC, FUA, NOWAIT, READ, WRITE
 from odirect.block.buffers import BufferPool, slice_segments
 from odirect.block.device import BlockDevice, Limits, WithLimits
@@ -111,11 +112,13 @@ class PlainFile:
             if direct is None:
                 return await self._through_cache(READ, offset, segments, length, flags, end)
             route = Route(direct, self._pool, self._cached, order=self.order)
-            refused = None if self.strict else Refused()
+            refused = Refused()
             moved = await bounce.read(route, offset, segments, length, end=end, flags=flags, refused=refused)
             if not refused:
                 return self._honest(READ, moved)
-            self._tighten(READ)  # Reading again what was read already does no harm.
+            self._tighten(READ, direct.limits)
+            self._check_strict(READ, offset, segments, length)
+            # Reading again what was read already does no harm.
 
     async def write(self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0) -> Moved:
         """Write `length` bytes at `offset`; a block device that ends before takes fewer (B09)."""
@@ -175,13 +178,15 @@ class PlainFile:
             return
         reason = self.state.refused.get(op) or self.state.cached.get(op)
         if reason is not None or self._direct is None:
-            verb = "reading" if op == READ else "writing"
-            raise NotDirectError(
-                f"{verb} cannot go direct: {(reason or Reason.REFUSED).value}; open it with access='auto' "
-                "to allow the page cache",
-                path=self.state.path,
-            )
+            raise self._not_direct(op, reason or Reason.REFUSED)
         check_aligned(self.state.limits, op, offset, segments, length)
+
+    def _not_direct(self, op: int, reason: Reason) -> NotDirectError:
+        verb = "reading" if op == READ else "writing"
+        return NotDirectError(
+            f"{verb} cannot go direct: {reason.value}; open it with access='auto' to allow the page cache",
+            path=self.state.path,
+        )
 
     async def _write(
         self, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int, *, ordered: bool
@@ -190,20 +195,26 @@ class PlainFile:
         if direct is None:
             return await self._through_cache(WRITE, offset, segments, length, flags, end)
         route = Route(direct, self._pool, self._cached, order=self.order)
-        refused = None if self.strict else Refused()
+        refused = Refused()
         moved = await bounce.write(
             route, offset, segments, length, end=end, flags=flags, ordered=ordered, refused=refused
         )
         if not refused:
             return self._honest(WRITE, moved)
         # What went through stays; each run that was refused is written in the next best way (F07).
-        self._tighten(WRITE)
+        runs = _joined(refused)
+        again = self._tighten(WRITE, direct.limits, [(offset + start, size) for start, size in runs])
+        if self.strict and not again:
+            raise self._not_direct(WRITE, Reason.REFUSED)
+        self._check_strict(WRITE, offset, segments, length)
         outcome: Outcome | None = moved.outcome if moved.transferred else None
         total = moved.transferred
-        for start, size in sorted(refused):
-            rest = await self._write(
-                offset + start, slice_segments(segments, start, size), size, flags, end, ordered=ordered
-            )
+        for start, size in runs:
+            parts = slice_segments(segments, start, size)
+            if again:
+                rest = await self._write(offset + start, parts, size, flags, end, ordered=ordered)
+            else:
+                rest = await self._through_cache(WRITE, offset + start, parts, size, flags, end)
             outcome = worst(outcome, rest.outcome)
             total += rest.transferred
             if rest.transferred < size:
@@ -231,6 +242,7 @@ class PlainFile:
         reason = self.state.refused.get(op, Reason.REFUSED)
         if op == READ:
             length = max(0, min(length, end - offset))
+            segments = slice_segments(segments, 0, length)
         if flags & NOWAIT and op == WRITE:
             raise WouldBlockError("writing without waiting: it would go through the page cache", path=self.state.path)
         promise = Promise.NONE
@@ -253,17 +265,37 @@ class PlainFile:
             return moved
         return Moved(moved.transferred, Outcome(Kind.BUFFERED, reason, moved.outcome.promise))
 
-    def _tighten(self, op: int) -> None:
-        """After a refusal: ask for the limits again, try coarser units, or give direct I/O up (F50)."""
-        old = self.state.limits
+    def _tighten(self, op: int, old: Limits, runs: Sequence[tuple[int, int]] = ()) -> bool:
+        """After a refusal under `old`: ask for the limits again, try coarser units, or give direct I/O up (F50).
+
+        runs: what was refused of a write. False: no run holds a whole block of the coarser units, so
+        that trying again would say nothing about them, and the limits stay.
+        """
+        if self.state.limits is not old or op in self.state.refused:
+            return True  # Another request was refused under the same limits, and has done it.
         new = self._ask_again() if self._ask_again is not None else old
         if all(after <= before for after, before in zip(_units(new), _units(old), strict=True)):
             coarser = _coarser(old)
             if coarser is None:
                 self.state.refused[op] = Reason.REFUSED
-                return
+                return True
+            unit = coarser.write_align
+            if op == WRITE and not any(align_up(start, unit) + unit <= start + size for start, size in runs):
+                return False
             new = coarser
         self.state.limits = new
+        return True
+
+
+def _joined(refused: Refused) -> list[tuple[int, int]]:
+    """The runs in order, neighbours as one: together they may fill a coarser unit."""
+    runs: list[tuple[int, int]] = []
+    for start, size in sorted(refused):
+        if runs and sum(runs[-1]) == start:
+            runs[-1] = (runs[-1][0], runs[-1][1] + size)
+        else:
+            runs.append((start, size))
+    return runs
 
 
 def _units(limits: Limits) -> tuple[int, int, int]:

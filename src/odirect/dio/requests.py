@@ -7,7 +7,6 @@ goes through `dio.plainfile`.
 
 from __future__ import annotations
 
-import errno
 import operator
 from collections.abc import Callable
 
@@ -16,15 +15,12 @@ from odirect.block.bio import ATOMIC, FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view
 from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes, transfer_flags
+from odirect.dio.blockdev import REFUSALS
 from odirect.dio.outcome import Outcome
+from odirect.dio.piece import TRANSIENT, VERB
 from odirect.dio.plainfile import FileState, PlainFile
 from odirect.ring._calls import DirectHandle
 from odirect.sched.scheduler import Scheduler
-
-_VERB = {READ: "reading", WRITE: "writing"}
-# What the general way does better than an error: resume, tighten the alignment, fall back, ask again.
-_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
-_TRANSIENT = (errno.EAGAIN, errno.EINTR)
 
 
 class Request:
@@ -56,10 +52,12 @@ class Request:
 
     def result(self) -> int:
         """The number of bytes; raises the error if it failed, RuntimeError if it is not done."""
-        if not self.done:
-            raise RuntimeError("the request is still in flight")
-        if self.exception is not None:
-            raise self.exception
+        try:
+            error = self.exception
+        except AttributeError:
+            raise RuntimeError("the request is still in flight") from None
+        if error is not None:
+            raise error
         return self.transferred
 
     def finish(self, result: int) -> None:
@@ -80,7 +78,11 @@ class Request:
         state = "in flight"
         if self.done:
             state = f"{self.transferred} bytes, {self.outcome}" if self.exception is None else repr(self.exception)
-        return f"<Request {_VERB[self.op]} {self.length} bytes at {self.offset}: {state}>"
+        return f"<Request {VERB[self.op]} {self.length} bytes at {self.offset}: {state}>"
+
+
+#: Requests that are handed over together, where each need not wait for all that are started in a burst.
+_HAND_OVER = 8
 
 
 class Requests:
@@ -103,6 +105,7 @@ class Requests:
         notify: Callable[[Request], None],
     ) -> None:
         self.expected = expected
+        self._unsent = _HAND_OVER + 1
         self.notify = notify
         #: Requests that are not done, and those of them that are tasks.
         self.pending = 0
@@ -120,6 +123,10 @@ class Requests:
         self._limits: Limits | None = None
         if device is not None:
             self._queue = device.queue.ring.queue
+            # A ring on threads may do the work in `commit`, and a request must return at once.
+            if device.queue.ring.kind == "io_uring":
+                self._unsent = 0
+                self._commit = device.queue.ring.commit
             self._handle = device.handle
         self._rwf = tuple(transfer_flags(flags & ~HIPRI) for flags in self._flags)
         self._adopt(state.limits)
@@ -138,6 +145,11 @@ class Requests:
             self.pending += 1
             if op == WRITE:
                 self.order.quick.up()
+            self._unsent += 1
+            if self._unsent == _HAND_OVER:
+                # The device begins while the caller goes on, instead of waiting for the last of a burst.
+                self._unsent = 0
+                self._commit()
             return request
         return self._start_general(op, offset, buffer, tag)
 
@@ -149,10 +161,10 @@ class Requests:
             # Going on could end in "would block", after a part was written (F08).
             self._settle(request, result, self.expected[WRITE])
             return
-        if not error or error in _REFUSED or (error in _TRANSIENT and waits):
+        if not error or error in REFUSALS or (error in TRANSIENT and waits):
             self._spawn(request)
             return
-        failure = from_errno(error, f"{_VERB[request.op]} {request.length} bytes at {request.offset}", self._state.path)
+        failure = from_errno(error, f"{VERB[request.op]} {request.length} bytes at {request.offset}", self._state.path)
         if request.op == WRITE and self._flags[WRITE] & FUA and isinstance(failure, DeviceError):
             self._state.remember_failed_sync(failure)
         self._fail(request, failure)

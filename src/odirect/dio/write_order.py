@@ -83,34 +83,37 @@ class WriteGate:
     @contextlib.contextmanager
     def direct(self) -> Iterator[None]:
         """Nobody merges meanwhile; whoever waits to merge goes first."""
-        with self._changed:
-            while self._merging or self._waiting:
-                self._changed.wait()
-            self._direct += 1
+        entered = 0  # A signal's exception may come anywhere: only what was counted is given back.
         try:
+            with self._changed:
+                while self._merging or self._waiting:
+                    self._changed.wait()
+                entered = 1
+                self._direct += entered
             yield
         finally:
             with self._changed:
-                self._direct -= 1
+                self._direct -= entered
                 self._changed.notify_all()
 
     @contextlib.contextmanager
     def merge(self) -> Iterator[None]:
         """Nobody else merges or writes directly meanwhile."""
-        with self._changed:
-            self._waiting += 1
-            try:
-                while self._merging or self._direct:
-                    self._changed.wait()
-            finally:
-                self._waiting -= 1
-                self._changed.notify_all()
-            self._merging = True
+        entered = False
         try:
+            with self._changed:
+                self._waiting += 1
+                try:
+                    while self._merging or self._direct:
+                        self._changed.wait()
+                    self._merging = entered = True
+                finally:
+                    self._waiting -= 1
             yield
         finally:
             with self._changed:
-                self._merging = False
+                if entered:
+                    self._merging = False
                 self._changed.notify_all()
 
 

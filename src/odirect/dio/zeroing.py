@@ -10,17 +10,18 @@ import functools
 from odirect.base.units import align_down, align_up
 from odirect.block.buffers import empty
 
-_ZERO_BYTES = 64 << 10
+#: The shared buffer's size: no segment of zeroes is longer.
+ZERO_BYTES = 64 << 10
 
 
 @functools.cache
 def _zeroes() -> memoryview:
-    return empty(_ZERO_BYTES).toreadonly()
+    return empty(ZERO_BYTES).toreadonly()
 
 
 def zero_segments(length: int) -> list[memoryview]:
     """Segments of zeroes, `length` bytes together."""
-    whole, rest = divmod(length, _ZERO_BYTES)
+    whole, rest = divmod(length, ZERO_BYTES)
     segments = [_zeroes()] * whole
     if rest:
         segments.append(_zeroes()[:rest])

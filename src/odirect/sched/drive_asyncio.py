@@ -87,6 +87,11 @@ class AsyncioDriver:
         scheduler = self.scheduler
         scheduler.run_ready()
         scheduler.commit()
+        for device in self._watched:
+            # What has come back meanwhile is taken without waiting for the loop to look at descriptors.
+            scheduler.dispatch(device.poll(0))
+        if scheduler.ready:
+            self.kick()
         if scheduler.next_alarm_ns() is not None:
             self._set_alarm()
 

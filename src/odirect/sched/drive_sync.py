@@ -47,7 +47,10 @@ class SyncDriver:
                 self._pump(task)
             except BaseException:
                 task.cancel()
-                self._pump(task)
+                try:
+                    self._pump(task)
+                except Stalled:
+                    pass  # It came just when a completion was passed on, which is lost. The memory is not.
                 raise
             return task.result()
 

@@ -1,0 +1,129 @@
+"""Signals wait for a safe moment, and none is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from odirect.sched.interrupts import Interrupts
+
+
+class Told(Exception):
+    pass
+
+
+@pytest.fixture
+def told() -> Iterator[list[int]]:
+    """The signals whose handlers were called; the handlers return."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, lambda number, frame: seen.append(number))
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_waits_until_it_is_asked_for(told: list[int]) -> None:
+    with Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        assert told == []
+        interrupts.check()
+        assert told == [signal.SIGTERM]
+        interrupts.check()
+    assert told == [signal.SIGTERM]
+
+
+def test_what_waits_is_told_on_leaving(told: list[int]) -> None:
+    with Interrupts():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGHUP)
+        assert told == []
+    assert told == [signal.SIGINT, signal.SIGHUP]
+
+
+def test_what_waits_is_told_although_something_failed(told: list[int]) -> None:
+    with pytest.raises(Told), Interrupts():
+        signal.raise_signal(signal.SIGINT)
+        raise Told
+    assert told == [signal.SIGINT]
+
+
+def test_the_third_is_not_held_back(told: list[int]) -> None:
+    """Whoever goes on pressing Ctrl-C gets what he wants."""
+    with Interrupts():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert told == []
+        signal.raise_signal(signal.SIGINT)
+        assert told == [signal.SIGINT]
+
+
+def test_what_may_wait_for_ever_is_interrupted_at_once(told: list[int]) -> None:
+    with Interrupts() as interrupts:
+        interrupts.allowed(lambda: signal.raise_signal(signal.SIGINT))
+        assert told == [signal.SIGINT]
+        signal.raise_signal(signal.SIGTERM)
+        assert told == [signal.SIGINT]
+        assert interrupts.allowed(lambda: len(told)) == 2  # what waited comes before
+
+
+def test_ctrl_c_is_a_keyboard_interrupt_there_and_nowhere_else() -> None:
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGINT)
+            reached.append(1)
+            interrupts.check()
+            reached.append(2)
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_are_put_back_unless_somebody_else_changed_them(told: list[int]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts():
+        assert signal.getsignal(signal.SIGINT) is not before
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+
+
+def test_what_has_no_handler_is_left_alone() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with Interrupts():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_one_within_another(told: list[int]) -> None:
+    with Interrupts() as outer:
+        with Interrupts() as inner:
+            signal.raise_signal(signal.SIGINT)
+            inner.check()
+            assert told == []  # the outer one's moment has not come
+        outer.check()
+        assert told == [signal.SIGINT]
+
+
+def test_other_threads_have_nothing_to_hold_back() -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Interrupts() as interrupts:
+                interrupts.check()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failed == []
