@@ -23,6 +23,8 @@ run: env  ## build, then copy, verify and read back a real file, beside fio and 
 test: dev-env  ## install what the tests need and can be had, then run them all
 	@tools/install-test-tools
 	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
+	@echo; echo "The same once more, with io_uring denied."
+	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest -p tests.denied_plugin $(ARGS)
 
 check: dev-env  ## format, lint, types, layering, fast tests: before every commit
 	$(BIN)/ruff format --check

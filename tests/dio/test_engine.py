@@ -1139,18 +1139,19 @@ def test_a_cancellation_at_each_wait_leaves_nothing_behind(case, asynchronous):
             break
 
 
-def test_a_request_that_is_thrown_away_ends_quietly():
-    """G20, F24: nobody runs it again; closing the coroutine must not make it wait once more."""
+@pytest.mark.parametrize(("op", "letters"), [(READ, "mmmm"), (WRITE, "HHHH")])
+def test_a_request_that_is_thrown_away_ends_quietly(op, letters):
+    """G20, F24: nobody runs it again; closing the coroutine neither waits once more nor sends anything."""
     for turns in range(8):
-        file = FakeFile("mmmm")
-        coroutine = direct_io(reading(0, 16 * KIB)[0], file, file, LOCKING)
-        file.line.closed = True
+        file = FakeFile(letters, most_blocks=1)
+        coroutine = direct_io(DirectRequest(op, 0, [empty(16 * KIB)]), file, file, LOCKING)
         for _ in range(turns):
             waitable = coroutine.send(None)
             if hasattr(waitable, "fired"):
                 break
+        sent = len(file.line.bios)
         coroutine.close()
-        assert file.lock.idle
+        assert file.lock.idle and len(file.line.bios) == sent
 
 
 def test_no_lock_is_left_by_reads_around_the_end_of_the_file():

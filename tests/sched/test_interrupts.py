@@ -75,12 +75,11 @@ def test_what_may_wait_for_ever_is_interrupted_at_once(told: list[int]) -> None:
 
 def test_ctrl_c_is_a_keyboard_interrupt_there_and_nowhere_else() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt):
-        with Interrupts() as interrupts:
-            signal.raise_signal(signal.SIGINT)
-            reached.append(1)
-            interrupts.check()
-            reached.append(2)
+    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        reached.append(1)
+        interrupts.check()
+        reached.append(2)
     assert reached == [1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

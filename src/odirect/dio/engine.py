@@ -293,7 +293,7 @@ class _Work:
                     break
             self._send()
         except GeneratorExit:
-            raise  # Thrown away: it must not wait any more.
+            raise  # Thrown away: nothing may be sent any more.
         except BaseException as error:
             self.build_error = error
             # What was gathered is dropped, but new blocks would then show what was in them (F11).
