@@ -7,7 +7,6 @@ A request that the kernel can take as it is costs one system call (B02). Any oth
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import io
 import operator
@@ -32,7 +31,7 @@ from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
 from odirect.dio.requests import Request, Requests
-from odirect.dio.write_order import WriteGate
+from odirect.dio.write_order import Crowd, WriteGate
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
 from odirect.ring.choose import open_ring
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
@@ -252,8 +251,8 @@ class File(io.RawIOBase):
         """
         if self._simple_writes and (self._state.failed_sync is None or not self._flags & FUA):
             if self._state.is_block:
-                with self._gate.direct():  # The kernel has no lock of its own there.
-                    count = self._simple.pwrite(buffer, offset, self._rwf)
+                # The kernel has no lock of its own there.
+                count = self._gate.direct(lambda: self._simple.pwrite(buffer, offset, self._rwf))
             else:
                 count = self._simple.pwrite(buffer, offset, self._rwf)
             # A part that was written without waiting counts: the rest could say that it would block (F08).
@@ -372,16 +371,16 @@ class File(io.RawIOBase):
         """
         self._check_writable()
         if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
-            with self._entered():
-                self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
+            self._entered(
+                lambda: self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
+            )
             return
         change_space(self._opened, offset, length, punch=punch, zero=zero, keep_size=keep_size)
         self._find_size()
 
     def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
-        with self._entered():
-            self._run(lambda plain: plain.sync(data_only=data_only))
+        self._entered(lambda: self._run(lambda plain: plain.sync(data_only=data_only)))
 
     def flush(self) -> None:
         """Nothing: a raw file holds nothing back. `sync` makes data durable."""
@@ -403,9 +402,7 @@ class File(io.RawIOBase):
         finally:
             self._simple.fd = -1
             super().close()
-            with self._entry:
-                while self._inside:
-                    self._entry.wait()
+            self._inside.wait()
             self._opened.close()
 
     def __reduce_ex__(self, protocol: object) -> str:
@@ -464,27 +461,19 @@ class File(io.RawIOBase):
         self._check_open()
         self._opened.check_usable(op)
 
-    @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
-        """A call of several steps is under way: `close` waits, so that no step meets another file's descriptor."""
-        entry: list[int] = []
-        try:
-            with self._entry:
-                self._check_open()
-                entry = [threading.get_ident()]
-                self._inside += entry
-            yield
-        finally:
-            with self._entry:
-                for thread in entry:
-                    self._inside.remove(thread)
-                self._entry.notify_all()
+    def _entered(self, call: Callable[[], T]) -> T:
+        """What `call` returns. It takes several steps, and `close` waits, so that none meets another file."""
+
+        def unless_closed() -> T:
+            self._check_open()
+            return call()
+
+        return self._inside.run(unless_closed)
 
     def _forget_threads(self) -> None:
         """Nobody is in here: so it is in a new file, and in a forked child, whose only thread is the caller."""
         self._position_lock = threading.RLock()
-        self._entry = threading.Condition(threading.Lock())
-        self._inside: list[int] = []
+        self._inside = Crowd()
         self._gate = WriteGate()
         # What was submitted before a fork is the parent's.
         self._submission = None
@@ -493,13 +482,13 @@ class File(io.RawIOBase):
         """Whether such a write goes through the page cache, in part at least."""
         return WRITE in self._state.refused or (offset | length) % self._state.limits.write_align != 0
 
-    def _write_turn(self, merges: bool) -> contextlib.AbstractContextManager[None]:
-        """What a write holds against those of other threads, and of `submit`."""
+    def _in_turn(self, merges: bool, call: Callable[[], T]) -> T:
+        """What `call`, a write, returns; it is kept apart from those of other threads, and of `submit`."""
         if not merges:
-            return self._gate.direct()
+            return self._gate.direct(call)
         if self._submission is not None:
             self._submission.settle()
-        return self._gate.merge()
+        return self._gate.merge(call)
 
     def _find_size(self) -> int:
         size = file_bytes(self._opened.cached_fd)
@@ -569,11 +558,10 @@ class File(io.RawIOBase):
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         segments = [segment for segment in segments if len(segment)]
-        with self._entered():
-            if op == READ:
-                return self._move(op, segments, offset)
-            with self._write_turn(self._merges(offset, sum(map(len, segments)))):
-                return self._move(op, segments, offset)
+        if op == READ:
+            return self._entered(lambda: self._move(op, segments, offset))
+        merges = self._merges(offset, sum(map(len, segments)))
+        return self._entered(lambda: self._in_turn(merges, lambda: self._move(op, segments, offset)))
 
     def _move(self, op: int, segments: list[memoryview], offset: int) -> Moved:
         length = sum(map(len, segments))
@@ -606,15 +594,17 @@ class File(io.RawIOBase):
         if len(places) and int(places.min()) < 0:
             raise ValueError(f"offset {int(places.argmin())} of the batch is {int(places.min())}, which is negative")
         results = numpy.full(len(places), -1, dtype=numpy.int64)
-        with self._entered():
-            if op == READ:
-                self._batch_move(op, view, places, length, results, depth)
-                return results
-            if self._flags & FUA:
-                self._state.check_sync()
-            merges = self._merges(int(numpy.bitwise_or.reduce(places)) if len(places) else 0, length)
-            with self._write_turn(merges):
-                self._batch_move(op, view, places, length, results, depth)
+
+        def move() -> None:
+            self._batch_move(op, view, places, length, results, depth)
+
+        if op == READ:
+            self._entered(move)
+            return results
+        if self._flags & FUA:
+            self._state.check_sync()
+        merges = self._merges(int(numpy.bitwise_or.reduce(places)) if len(places) else 0, length)
+        self._entered(lambda: self._in_turn(merges, move))
         return results
 
     def _batch_move(

@@ -236,7 +236,8 @@ class FakeFile:
                 data = self.places[number].cached
                 self._allocate(number, 1)
                 self.places[number].kind = ExtentKind.MAPPED
-                self._put(number, 0, data)
+                # A page is written whole, with zeroes past the end of the file.
+                self._put(number, 0, data.ljust(self.block_bytes, b"\0"))
 
     async def sync_written(self, offset: int, length: int, *, data_only: bool) -> None:
         self.steps.at("sync_written")

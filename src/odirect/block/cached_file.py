@@ -40,6 +40,16 @@ CACHED_LIMITS = Limits(
 )
 
 
+class _EventFd:
+    """An eventfd that is closed with its last reference: a device may be thrown away with its event loop."""
+
+    def __init__(self, count: int) -> None:
+        self.fd = os.eventfd(count, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class CachedFileDevice:
     """A descriptor open without O_DIRECT, one bounded bio at a time or `workers` of them.
 
@@ -50,7 +60,7 @@ class CachedFileDevice:
     limits = CACHED_LIMITS
 
     def __init__(self, fd: int, *, workers: int = 0) -> None:
-        self._event_fd: int | None = None
+        self._event: _EventFd | None = None
         self.fd = fd
         self.uses_dontcache = True  # until the kernel refuses it
         self._workers = workers
@@ -92,17 +102,18 @@ class CachedFileDevice:
     def poll(self, timeout_ns: int) -> Sequence[Bio]:
         """Finished bios; see `BlockDevice.poll`."""
         if not self._workers:
-            finished = []
             while self._queued:
-                bio = self._queued.popleft()
-                self._perform(bio)
-                finished.append(bio)
-            return finished
+                # Off the queue when it is done: what an interrupt leaves half done is done again.
+                self._perform(self._queued[0])
+                self._finished.append(self._queued.popleft())
+            done = list(self._finished)
+            self._finished.clear()
+            return done
         with self._condition:
             if not self._finished and self._running and timeout_ns:
                 self._condition.wait(None if timeout_ns < 0 else timeout_ns / 1e9)
-            if self._event_fd is not None and self._finished:
-                os.eventfd_read(self._event_fd)
+            if self._event is not None and self._finished:
+                os.eventfd_read(self._event.fd)
             taken = list(self._finished)
             self._finished.clear()
             return taken
@@ -112,35 +123,28 @@ class CachedFileDevice:
         if not self._workers:
             return None
         with self._condition:
-            if self._event_fd is None:
-                self._event_fd = os.eventfd(len(self._finished), os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            return self._event_fd
+            if self._event is None:
+                self._event = _EventFd(len(self._finished))
+            return self._event.fd
 
     def close(self) -> None:
         """Wait for the threads and end them."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
             self._pool = None
-        self._close_event_fd()
-
-    def __del__(self) -> None:
-        self._close_event_fd()
-
-    def _close_event_fd(self) -> None:
-        event_fd, self._event_fd = self._event_fd, None
-        if event_fd is not None:
-            os.close(event_fd)
+        self._event = None
 
     def _work(self, bio: Bio) -> None:
         self._perform(bio)
         with self._condition:
             self._running -= 1
             self._finished.append(bio)
-            if self._event_fd is not None:
-                os.eventfd_write(self._event_fd, 1)
+            if self._event is not None:
+                os.eventfd_write(self._event.fd, 1)
             self._condition.notify()
 
     def _perform(self, bio: Bio) -> None:
+        bio.error = bio.done_bytes = 0
         try:
             if bio.op == READ:
                 self._read(bio)

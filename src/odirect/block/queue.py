@@ -6,6 +6,7 @@ scheduler polls the queue, not each device, so that one system call serves them 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
@@ -50,11 +51,14 @@ class RingQueue:
         self.ring = ring
         self._open_polled = open_polled
         self._polled: Ring | None = None
+        self._answers: collections.deque[tuple[object, int]] = collections.deque()
+        self._finished: list[Bio] = []
 
     @property
     def in_flight(self) -> int:
         """Operations that have not come back."""
-        return self.ring.in_flight + (self._polled.in_flight if self._polled is not None else 0)
+        here = len(self._answers) + len(self._finished)
+        return self.ring.in_flight + here + (self._polled.in_flight if self._polled is not None else 0)
 
     def submit(self, op: int, handle: int, bio: Bio, flags: int) -> None:
         """Queue a bio as one ring operation."""
@@ -86,6 +90,8 @@ class RingQueue:
 
     def poll(self, timeout_ns: int) -> Sequence[Bio]:
         """Finished bios of all devices on this queue. See `BlockDevice.poll`."""
+        if self._answers or self._finished:
+            timeout_ns = 0
         polled = self._polled
         if polled is None or not polled.in_flight:
             return self._settle(self.ring.reap(timeout_ns))
@@ -110,17 +116,25 @@ class RingQueue:
                 self._polled.close()
 
     def _settle(self, answers: list[tuple[object, int]]) -> list[Bio]:
-        finished: list[Bio] = []
-        for tag, result in answers:
+        # What an interrupt leaves here in the middle is returned by the next poll.
+        waiting = self._answers
+        waiting.extend(answers)
+        finished = self._finished
+        unanswered = False
+        while waiting:
+            tag, result = waiting.popleft()
             if type(tag) is Bio:
                 _record(tag, result)
                 finished.append(tag)
+                continue
+            bio = cast(Tag, tag).finish(result)
+            if bio is None:
+                unanswered = True
             else:
-                bio = cast(Tag, tag).finish(result)
-                if bio is not None:
-                    finished.append(bio)
-        if len(finished) < len(answers):
+                finished.append(bio)
+        if unanswered:
             self.commit()  # A step of a bio may have queued the next one.
+        self._finished = []
         return finished
 
 

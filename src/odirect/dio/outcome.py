@@ -10,7 +10,9 @@ class Kind(enum.StrEnum):
     """Which way the bytes went, from best to worst; a request has the worst kind of its parts.
 
     direct      between the caller's memory and the device
-    bounced     past the page cache, but through a private buffer (head, tail or whole)
+    bounced     through a private copy on the way to the device: a buffer of ours, or, for the part of
+                a block that a write begins or ends with, a page of the kernel's that is written
+                back and dropped before the request is done
     inline      from or to a metadata block
     compressed  through a decompressed copy
     buffered    through the page cache

@@ -11,16 +11,24 @@ write of one open file never meet in a block: `WriteOrder` sees to it among the 
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar, cast
 
 from odirect.base.units import align_down, align_up
 from odirect.sched.locks import Count, Held, RangeLock
 
+T = TypeVar("T")
+
+# How often a thread looks by itself whether the others have left.
+_LOOK_SECONDS = 0.01
 # The page cache works in pages and in the file system's blocks; there are none larger than this.
 _LARGEST_BLOCK = 64 << 10
+
+
+class _Shut:
+    """What the gate answers when it is closed for a merge."""
 
 
 class WriteOrder:
@@ -71,50 +79,73 @@ class Merge:
         self._held.release()
 
 
+class Crowd:
+    """Threads that are inside something, and waiting until there are none.
+
+    An exception of a signal's handler may come between any two calls, also inside the locks of
+    `threading` that are written in Python. So there is none here: a list, whose methods are atomic, and
+    a plain lock as a bell, which may be rung in vain or not at all.
+    """
+
+    def __init__(self) -> None:
+        self._inside: list[int] = []
+        self._bell = threading.Lock()
+
+    def __contains__(self, thread: int) -> bool:
+        return thread in self._inside
+
+    def run(self, call: Callable[[], T]) -> T:
+        """What `call` returns; this thread is inside meanwhile."""
+        thread = threading.get_ident()
+        try:
+            self._inside.append(thread)
+            return call()
+        finally:
+            self._inside.remove(thread)
+            if not self._inside and self._bell.locked():
+                self._ring()
+
+    def wait(self) -> None:
+        """Return when nobody is inside."""
+        while self._inside:
+            self._bell.acquire(blocking=False)
+            if self._inside:
+                self._bell.acquire(timeout=_LOOK_SECONDS)
+
+    def _ring(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:
+            pass  # Somebody else has rung it.
+
+
 class WriteGate:
     """Among threads: many write directly, or one merges. Not to be entered twice by one thread."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition(threading.Lock())
-        self._direct = 0
-        self._merging = False
-        self._waiting = 0
+        self._direct = Crowd()
+        self._merges = threading.Lock()
+        self._closed = False
 
-    @contextlib.contextmanager
-    def direct(self) -> Iterator[None]:
-        """Nobody merges meanwhile; whoever waits to merge goes first."""
-        entered = 0  # A signal's exception may come anywhere: only what was counted is given back.
-        try:
-            with self._changed:
-                while self._merging or self._waiting:
-                    self._changed.wait()
-                entered = 1
-                self._direct += entered
-            yield
-        finally:
-            with self._changed:
-                self._direct -= entered
-                self._changed.notify_all()
+    def direct(self, call: Callable[[], T]) -> T:
+        """What `call` returns; nobody merges meanwhile."""
+        while True:
+            done = self._direct.run(lambda: _Shut if self._closed else call())
+            if done is not _Shut:
+                return cast(T, done)
+            with self._merges:
+                pass
 
-    @contextlib.contextmanager
-    def merge(self) -> Iterator[None]:
-        """Nobody else merges or writes directly meanwhile."""
-        entered = False
-        try:
-            with self._changed:
-                self._waiting += 1
-                try:
-                    while self._merging or self._direct:
-                        self._changed.wait()
-                    self._merging = entered = True
-                finally:
-                    self._waiting -= 1
-            yield
-        finally:
-            with self._changed:
-                if entered:
-                    self._merging = False
-                self._changed.notify_all()
+    def merge(self, call: Callable[[], T]) -> T:
+        """What `call` returns; nobody else merges or writes directly meanwhile."""
+        with self._merges:
+            try:
+                # Whoever writes directly is in the crowd before he looks at this: one of us sees the other.
+                self._closed = True
+                self._direct.wait()
+                return call()
+            finally:
+                self._closed = False
 
 
 def _blocks(offset: int, length: int) -> tuple[int, int]:

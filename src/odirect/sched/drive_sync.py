@@ -94,8 +94,8 @@ class SyncDriver:
         if alarm_ns is not None:
             timeout_ns = max(0, alarm_ns - self.scheduler.clock.now_ns())
         devices = tuple(self.scheduler.devices)
-        self.lock.release()
         try:
+            self.lock.release()
             poll_any(devices, timeout_ns, self._arrived)
         finally:
             self.lock.acquire()
