@@ -89,7 +89,7 @@ def test_nothing_to_do(path: Path) -> None:
     """No elements, and elements of no bytes."""
     with odirect.open(path, "r+") as file:
         assert file.read_batch([], 4096, odirect.empty(0)).tolist() == []
-        assert file.write_batch(numpy.zeros(0), 4096, b"").tolist() == []
+        assert file.write_batch(numpy.zeros(0, numpy.int64), 4096, b"").tolist() == []
         assert file.read_batch([0, 5], 0, bytearray()).tolist() == [0, 0]
         assert file.write_batch([0, 2 * SIZE], 0, b"").tolist() == [0, 0]
         assert file.size == SIZE

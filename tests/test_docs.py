@@ -15,6 +15,7 @@ SOURCES = ROOT / "src" / "odirect"
 #: The rows of docs/direct-io.md that this version stands for.
 ROWS = [
     *(f"B{number:02d}" for number in range(1, 10)),
+    *(f"G{number:02d}" for number in range(1, 21)),
     "F02",
     *(f"F{number:02d}" for number in range(4, 9)),
     *(f"F{number}" for number in range(21, 25)),

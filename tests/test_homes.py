@@ -8,7 +8,6 @@ import errno
 import itertools
 import os
 import random
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +57,7 @@ def home(name: str, scratch: Path) -> Iterator[Home]:
             needs_root()
             needs_filesystem("overlay")
             run("mount", "-t", "overlay", "-o", layers, "overlay", scratch / "merged")
-            stack.callback(subprocess.run, ["umount", scratch / "merged"], check=True)
+            stack.callback(run, "umount", scratch / "merged")
             yield below._replace(directory=scratch / "merged")
         else:
             kind, _, variant = name.partition("-")
