@@ -1152,6 +1152,31 @@ def test_fork(path: Path, content: bytes) -> None:
         assert file.pread(10, 0) == content[:5] + b"child"
 
 
+def test_buffers_in_a_child() -> None:
+    """A child sees zeroes in an inherited buffer, and letting go of it takes no memory of the child's own away (F24).
+
+    A range that fork left out of the child would be a hole; what the child maps may land there, and
+    the inherited object would unmap it when it is collected.
+    """
+    buffers = [filled(length, 0x5A) for length in (4096, 1 << 16, 1 << 20, 4 << 20) for _ in range(8)]
+
+    def child() -> None:
+        own = [(mmap.mmap(-1, len(buffer)), len(buffer)) for buffer in buffers]
+        for area, length in own:
+            area[:] = b"\x01" * length
+        for buffer in buffers:
+            assert bytes(buffer) == bytes(len(buffer))
+        del buffer
+        buffers.clear()
+        gc.collect()
+        own += [(mmap.mmap(-1, 1 << 20), 1 << 20)]
+        for area, length in own[:-1]:
+            assert area[:] == b"\x01" * length
+
+    in_child(child)
+    assert all(bytes(buffer) == b"\x5a" * len(buffer) for buffer in buffers)
+
+
 def test_fork_while_threads_are_inside(path: Path) -> None:
     """Threads do not live on in a child, nor do the locks that they held: it can use and close the file (F24)."""
     stop = threading.Event()

@@ -679,7 +679,7 @@ async def _take_in(
         for number in itertools.count():
             lease = await mover.pool.take()
             try:
-                length = interrupts.allowed(functools.partial(_read_full, stream_fd, lease.view))
+                length = _read_full(stream_fd, lease.view, interrupts)
                 if length == line.chunk_bytes:
                     writing.grow_to(offset + length)
                 elif length and offset + length > file_bytes(writing.opened.cached_fd):
@@ -694,8 +694,10 @@ async def _take_in(
             await yield_now()
             line.nudge()
             await yield_now()
-            while tasks and tasks[0].done:
-                tasks.popleft().result()
+            # Before the stream is waited for again, perhaps for long: has anything failed, or been interrupted?
+            for task in [task for task in tasks if task.done]:
+                tasks.remove(task)
+                task.result()
             offset += length
             if length < line.chunk_bytes:
                 break
@@ -752,15 +754,15 @@ async def _wait_for(tasks: Iterable[Task[Any]]) -> None:
                 await wait(task.ended)
 
 
-def _read_full(fd: int, view: memoryview) -> int:
+def _read_full(fd: int, view: memoryview, interrupts: Interrupts) -> int:
     """Fill `view` from a stream; how many bytes there were until its end."""
     done = 0
     while done < len(view):
+        interrupts.wait_for(fd, select.POLLIN)
         try:
             count = os.readv(fd, [view[done:]])
         except BlockingIOError:
-            _wait_until_ready(fd, select.POLLIN)
-            continue
+            continue  # Somebody else reads it, too, and was quicker.
         except OSError as error:
             raise from_errno(error.errno or errno.EIO, "reading the stream", "-") from error
         if not count:

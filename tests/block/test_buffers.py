@@ -52,14 +52,14 @@ def test_empty_refuses_nonsense():
         empty(1 << 62)
 
 
-def test_empty_is_not_inherited_by_a_child():
-    """F24: a child that touches it would be killed, so it is not there: nothing can be copied under the device."""
+def test_empty_is_not_shared_with_a_child():
+    """F24: a child gets zeroes, not a copy: no page that the device writes to becomes anybody else's."""
     view = empty(PAGE)
     maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
     start = f"{address_of(view):x}-"
     block = next(part for part in maps if f"\n{start}" in part or _covers(part, address_of(view)))
     flags = maps[maps.index(block) + 1].splitlines()[0].split()
-    assert "dc" in flags  # do not copy on fork
+    assert "wf" in flags  # wipe on fork
 
 
 def _covers(part: str, address: int) -> bool:

@@ -247,19 +247,19 @@ def test_holders_are_uses(scratch: Path, image: Path, monkeypatch: pytest.Monkey
             check_unused(device, what="write to")
 
 
-def test_a_real_holder_is_a_use(image: Path) -> None:
-    """A device-mapper target over the loop device, where this kernel has any."""
-    needs_loop()
-    dmsetup = needs_tool("dmsetup")
-    if subprocess.run([dmsetup, "targets"], check=False, capture_output=True).returncode:
-        pytest.skip("needs a kernel with device mapper")
-    with loop_device(image) as device:
-        name = f"odirect-test-{os.getpid()}"
-        run("dmsetup", "create", name, "--table", f"0 2048 linear {device} 0")
-        try:
-            assert [use for use, _ in uses(device)] == [Use.HOLDER]
-        finally:
-            run("dmsetup", "remove", name)
+if os.path.exists("/sys/class/misc/device-mapper"):
+    # A kernel without device mapper has no holder of this kind that could be found, or missed.
+    def test_a_real_holder_is_a_use(image: Path) -> None:
+        """A device-mapper target over the loop device."""
+        needs_loop()
+        needs_tool("dmsetup")
+        with loop_device(image) as device:
+            name = f"odirect-test-{os.getpid()}"
+            run("dmsetup", "create", name, "--table", f"0 2048 linear {device} 0")
+            try:
+                assert [use for use, _ in uses(device)] == [Use.HOLDER]
+            finally:
+                run("dmsetup", "remove", name)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
@@ -71,6 +73,43 @@ def test_what_may_wait_for_ever_is_interrupted_at_once(told: list[int]) -> None:
         signal.raise_signal(signal.SIGTERM)
         assert told == [signal.SIGINT]
         assert interrupts.allowed(lambda: len(told)) == 2  # what waited comes before
+
+
+def test_waiting_for_a_stream_ends_with_the_signal(told: list[int]) -> None:
+    """A signal that came just before is not missed; one whose handler returns does not end the wait."""
+    reader, writer = os.pipe()
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGTERM)
+            os.write(writer, b"x")
+            interrupts.wait_for(reader, select.POLLIN)
+            assert told == [signal.SIGTERM]
+            os.read(reader, 1)
+            sender = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+            sender.start()
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.wait_for(reader, select.POLLIN)
+            sender.join()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_the_wakeup_descriptor_of_an_event_loop_is_left_alone(told: list[int]) -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    assert signal.set_wakeup_fd(writer) == -1
+    try:
+        with Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGTERM)
+            interrupts.wait_for(writer, select.POLLOUT)
+            assert told == [signal.SIGTERM]
+        assert os.read(reader, 10) == bytes([signal.SIGTERM])
+    finally:
+        assert signal.set_wakeup_fd(-1) == writer
+        os.close(reader)
+        os.close(writer)
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_there_and_nowhere_else() -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+# A forked child gets zeroes, not a copy: the device's pages stay the parent's. Left out of the child
+# altogether (MADV_DONTFORK), the range could be mapped there by somebody else, and be unmapped under
+# him when the child collects our inherited object.
+_MADV_WIPEONFORK = 18
 # Exporters whose memory cannot vanish under a plain copy; a mapping of a file can (F23).
 _OWN_MEMORY = (bytes, bytearray, array.array)
 
@@ -36,8 +40,8 @@ def empty(length: int, *, huge: bool | None = None) -> memoryview:
     """`length` bytes of page-aligned, writable, zeroed memory, as a memoryview of bytes.
 
     The memory is anonymous and really there (where the kernel can: some file systems serve reads into
-    memory that nobody has touched from their cache), is not inherited by fork (F24), and is freed
-    with the last view of it. huge: ask for huge pages, which the kernel pins in a fraction of the
+    memory that nobody has touched from their cache), reads as zeroes in a forked child (F24), and is
+    freed with the last view of it. huge: ask for huge pages, which the kernel pins in a fraction of the
     time (default: from 2 MiB on, where not much of a page is wasted). Use `numpy.frombuffer` for an
     array over it. Raises ValueError for a negative length, MemoryError when there is none.
     """
@@ -50,7 +54,7 @@ def empty(length: int, *, huge: bool | None = None) -> memoryview:
         area = _AnonymousMemory(-1, max(unit, align_up(length, unit)), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"no memory for a buffer of {length} bytes: {error}") from error
-    area.madvise(mmap.MADV_DONTFORK)
+    area.madvise(_MADV_WIPEONFORK)
     if unit == _HUGE_PAGE:
         area.madvise(mmap.MADV_HUGEPAGE)
     try:

@@ -9,6 +9,9 @@ Source: the `signal` module's documentation, "Execution of Python signal handler
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -37,9 +40,11 @@ class Interrupts:
         self._waiting: list[int] = []
         self._seen = 0
         self._direct = False
+        self._alarm: tuple[int, int] | None = None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
+            self._set_alarm()
             for number in _SIGNALS:
                 handler = signal.getsignal(number)
                 if callable(handler):
@@ -53,6 +58,7 @@ class Interrupts:
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
+        self._take_alarm_away()
         self.check()
 
     def check(self) -> None:
@@ -63,12 +69,48 @@ class Interrupts:
 
     def allowed(self, call: Callable[[], T]) -> T:
         """What `call` returns; a signal during it is not held back. For what may wait for ever."""
-        self.check()
-        self._direct = True
+        self._direct = True  # before the look at what waits: nothing may come in between, and wait for ever
         try:
+            self.check()
             return call()
         finally:
             self._direct = False
+
+    def wait_for(self, fd: int, event: int) -> None:
+        """Wait until `select.poll` would report `event` (or an error) of `fd`; a signal ends it by its handler.
+
+        No signal is missed, whereas one that comes just before a system call does not interrupt it.
+        """
+        poller = select.poll()
+        poller.register(fd, event)
+        if self._alarm is not None:
+            poller.register(self._alarm[0], select.POLLIN)
+        while True:
+            self.check()
+            ready = [number for number, _ in poller.poll()]
+            if self._alarm is not None and self._alarm[0] in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._alarm[0], 4096)
+            if fd in ready:
+                return
+
+    def _set_alarm(self) -> None:
+        """Have the kernel's own handler write to a pipe, unless somebody (an event loop) has that already."""
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if before == -1:
+            self._alarm = reader, writer
+        else:
+            signal.set_wakeup_fd(before)
+            os.close(reader)
+            os.close(writer)
+
+    def _take_alarm_away(self) -> None:
+        if self._alarm is not None:
+            signal.set_wakeup_fd(-1)
+            for fd in self._alarm:
+                os.close(fd)
+            self._alarm = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._seen += 1
