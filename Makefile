@@ -5,6 +5,8 @@ export PYTHON
 
 BIN := .venv/bin
 ARGS ?=
+# One worker a core; a file's tests stay together, because they share what is dear to make.
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check fast format bench env dev-env clean distclean
@@ -22,16 +24,16 @@ run: env  ## build, then copy, verify and read back a real file, beside fio and 
 
 test: dev-env  ## install what the tests need and can be had, then run them all
 	@tools/install-test-tools
-	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest $(ARGS)
+	@PATH="$$PATH:/usr/sbin:/sbin" $(PYTEST) $(ARGS)
 	@echo; echo "The same once more, with io_uring denied."
-	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest -p tests.denied_plugin $(ARGS)
+	@PATH="$$PATH:/usr/sbin:/sbin" $(PYTEST) -p tests.denied_plugin $(ARGS)
 
 check: dev-env  ## format, lint, types, layering, fast tests: before every commit
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@PATH="$$PATH:/usr/sbin:/sbin" $(BIN)/python -m pytest -q -x -m "not slow" $(ARGS)
+	@PATH="$$PATH:/usr/sbin:/sbin" $(PYTEST) -x -m "not slow" $(ARGS)
 
 format: dev-env  ## put every file in the form that `check` wants
 	$(BIN)/ruff format

@@ -679,6 +679,10 @@ async def _take_in(
         for number in itertools.count():
             lease = await mover.pool.take()
             try:
+                # The stream may be waited for long: has anything failed, or been interrupted?
+                for task in [task for task in tasks if task.done]:
+                    tasks.remove(task)
+                    task.result()
                 length = _read_full(stream_fd, lease.view, interrupts)
                 if length == line.chunk_bytes:
                     writing.grow_to(offset + length)
@@ -694,10 +698,6 @@ async def _take_in(
             await yield_now()
             line.nudge()
             await yield_now()
-            # Before the stream is waited for again, perhaps for long: has anything failed, or been interrupted?
-            for task in [task for task in tasks if task.done]:
-                tasks.remove(task)
-                task.result()
             offset += length
             if length < line.chunk_bytes:
                 break
