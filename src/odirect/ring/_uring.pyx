@@ -939,7 +939,7 @@ cdef class UringRing:
             ring.tail = tail
             od_store(ring.sq_tail, tail)
             to_submit = tail - od_load(ring.sq_head)
-            want = max(1, batch.in_flight // 32)
+            want = max(1, batch.in_flight // 8)
             result = od_enter(ring, to_submit, want, OD_ENTER_GETEVENTS)
             if result < 0 and result != -EINTR:
                 if result != -EAGAIN and result != -EBUSY:
