@@ -105,6 +105,7 @@ class Requests:
         notify: Callable[[Request], None],
     ) -> None:
         self.expected = expected
+        # Counted from 0 where a burst is handed over in parts; from past that number it never comes to it.
         self._unsent = _HAND_OVER + 1
         self.notify = notify
         #: Requests that are not done, and those of them that are tasks.

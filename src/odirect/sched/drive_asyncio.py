@@ -87,7 +87,7 @@ class AsyncioDriver:
         scheduler = self.scheduler
         scheduler.run_ready()
         scheduler.commit()
-        for device in self._watched:
+        for device in tuple(self._watched):
             # What has come back meanwhile is taken without waiting for the loop to look at descriptors.
             scheduler.dispatch(device.poll(0))
         if scheduler.ready:
