@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -171,10 +173,12 @@ def _blocks(language: str) -> list[str]:
 
 @pytest.mark.parametrize("number", range(len(_blocks("python"))))
 def test_readme_example_runs(number: int, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each Python example of the README runs as it stands, on a `data.bin` of 64 MiB."""
+    """Each Python example of the README runs as it stands, on a `data.bin` of 64 MiB and an empty `disk.img`."""
     with open(scratch / "data.bin", "wb") as file:
         file.truncate(64 << 20)
         file.write(b"not a hole" * 1000)
+    made = [sys.executable, "-m", "odirect.cli.main", "mkfs", "ext2", str(scratch / "disk.img"), "--size", "256M"]
+    subprocess.run(made, check=True, capture_output=True)
     monkeypatch.chdir(scratch)
     exec(compile(_blocks("python")[number], f"README.md, example {number + 1}", "exec"), {"__name__": "example"})
 

@@ -7,9 +7,14 @@
         file.preadinto(buffer, 0)
         print(file.last_outcome)            # direct
 
-`open`, `File`, `Request` and `aio` for transfers, `copy` for whole files, `empty` for memory that
-can always go direct, `alignment` for what a file or device demands and who says so, `errors` for
-what is raised, `Outcome` and its parts for how it went. What is heavy is loaded on first use.
+    with odirect.open_volume("disk.img", "r+") as volume:       # a file system that is not mounted
+        volume.copy_in("tree", "/")
+        print((volume / "etc" / "hosts").read_text())
+
+`open`, `File`, `Request` and `aio` for transfers, `open_volume`, `Volume`, `VolumePath` and `FileInVolume` for
+file systems inside images and devices, `copy` for whole files, `empty` for memory that can always go
+direct, `alignment` for what a file or device demands and who says so, `errors` for what is raised,
+`Outcome` and its parts for how it went. What is heavy is loaded on first use.
 """
 
 from __future__ import annotations
@@ -23,6 +28,11 @@ _PLACES = {
     "File": "odirect.files",
     "Request": "odirect.dio.requests",
     "open": "odirect.files",
+    "open_volume": "odirect.volumes",
+    "Volume": "odirect.volumes",
+    "VolumePath": "odirect.volume_path",
+    "FileInVolume": "odirect.volume_file",
+    "TreeReport": "odirect.volume_copy",
     "empty": "odirect.block.buffers",
     "Limits": "odirect.block.device",
     "Alignment": "odirect.block.limits",
@@ -43,6 +53,7 @@ __all__ = [
     "Alignment",
     "CopyReport",
     "File",
+    "FileInVolume",
     "Kind",
     "Limits",
     "ODirectError",
@@ -51,12 +62,16 @@ __all__ = [
     "Reason",
     "Request",
     "Tally",
+    "TreeReport",
+    "Volume",
+    "VolumePath",
     "aio",
     "alignment",
     "copy",
     "empty",
     "errors",
     "open",
+    "open_volume",
 ]
 
 if TYPE_CHECKING:
@@ -71,6 +86,10 @@ if TYPE_CHECKING:
     from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tally
     from odirect.dio.requests import Request
     from odirect.files import File, open
+    from odirect.volume_copy import TreeReport
+    from odirect.volume_file import FileInVolume
+    from odirect.volume_path import VolumePath
+    from odirect.volumes import Volume, open_volume
 
 
 def __getattr__(name: str) -> object:

@@ -47,6 +47,8 @@ from odirect.sched.clock import MonotonicClock
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from odirect.volume_file import FileInVolume
+
 #: Ways in, as `Work.engine` names them.
 ENGINES = ("sync", "batch", "submit", "asyncio")
 #: Kinds of access, as `Work.rw` names them.
@@ -75,6 +77,7 @@ class Work:
     """What one job does.
 
     path          the file or device, which exists and is large enough
+    image         if it is not "": what holds the volume that `path` is in
     rw            one of `KINDS`
     engine        one of `ENGINES`; "sync" or "batch" unless `cache` is DIRECT
     block_bytes   length of one request
@@ -104,6 +107,7 @@ class Work:
     end_sync: bool = False
     huge: bool = False
     cache: Cache = Cache.DIRECT
+    image: str = ""
 
     @property
     def op(self) -> int:
@@ -303,17 +307,12 @@ def measure(works: Sequence[Work], stop: Stop) -> Measured:
 
 def run(work: Work, stop: Stop, ready: Callable[[], None] | None = None) -> Measured:
     """What this one job did, in this process. `ready` is called when all but the work is done."""
-    if work.cache is not Cache.DIRECT:
+    if work.cache is not Cache.DIRECT and not work.image:
         return _run_buffered(work, stop, ready)
-    if work.engine == "asyncio":
+    if work.engine == "asyncio" and not work.image:
         return asyncio.run(_run_asyncio(work, stop, ready))
-    with open_direct(
-        work.path,
-        "r" if work.op == READ else "r+",
-        access="strict" if work.access == "strict" else "auto",
-        dsync=work.dsync,
-        hipri=work.hipri,
-    ) as file:
+    with _opened(work) as file:
+        before = file.totals
         session = _Session(work, stop, ready)
         if work.engine == "sync":
             call = file.preadinto if work.op == READ else file.pwrite
@@ -331,7 +330,42 @@ def run(work: Work, stop: Stop, ready: Callable[[], None] | None = None) -> Meas
             raise ValueError(f"engine {work.engine!r}: use one of {', '.join(ENGINES)}")
         if work.end_sync and work.op == WRITE:
             file.sync(data_only=True)
-        return session.finish(file.totals)
+        return session.finish(_since(before, file.totals))
+
+
+@contextlib.contextmanager
+def _opened(work: Work) -> Iterator[File | FileInVolume]:
+    """The file of `work`, open; one in a volume goes through the volume's own cache if `work.cache` says so."""
+    mode = "r" if work.op == READ else "r+"
+    access: Literal["auto", "strict"] = "strict" if work.access == "strict" else "auto"
+    if not work.image:
+        with open_direct(work.path, mode, access=access, dsync=work.dsync, hipri=work.hipri) as file:
+            yield file
+        return
+    from odirect.volumes import open_volume
+
+    cached = work.cache is not Cache.DIRECT
+    with (
+        open_volume(work.image, mode) as volume,
+        volume.open(
+            work.path, mode, access="buffered" if cached else access, dsync=work.dsync, hipri=work.hipri
+        ) as file,
+    ):
+        if work.cache is Cache.WARM:
+            piece = empty(1 << 20)
+            for offset in range(work.start, work.start + work.blocks * work.block_bytes, len(piece)):
+                file.preadinto(piece, offset)
+        yield file
+
+
+def _since(before: dict[Outcome, Tally], after: dict[Outcome, Tally]) -> dict[Outcome, Tally]:
+    """What was counted since then."""
+    found = {}
+    for outcome, tally in after.items():
+        was = before.get(outcome, Tally(0, 0))
+        if tally.operations > was.operations:
+            found[outcome] = Tally(tally.operations - was.operations, tally.bytes - was.bytes)
+    return found
 
 
 # --- one job -------------------------------------------------------------------------------------
@@ -445,7 +479,7 @@ def _in_batches(session: _Session, transfer: Callable[[NDArray[numpy.int64], mem
         before = after
 
 
-def _submitted(session: _Session, file: File) -> None:
+def _submitted(session: _Session, file: File | FileInVolume) -> None:
     work, stop = session.work, session.stop
     latencies = session.latencies = Latencies()
     add, now_ns, submit = latencies.add, session.now_ns, file.submit

@@ -6,7 +6,6 @@ A request that the kernel can take as it is costs one system call (B02). Any oth
 
 from __future__ import annotations
 
-import collections
 import errno
 import io
 import operator
@@ -18,25 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from odirect.base.errors import ClosedError, DeviceError, ODirectError, UnsupportedError, WouldBlockError, from_errno
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
-from odirect.block.buffers import BufferPool, as_bytes_view, empty
+from odirect.block.buffers import as_bytes_view, empty
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes
 from odirect.block.limits import file_limits
-from odirect.block.queue import RingQueue
 from odirect.dio import batch
 from odirect.dio.bounce import Moved
-from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS, Here, forget, here
+from odirect.dio.here import Here, forget, here
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
-from odirect.dio.requests import Request, Requests
+from odirect.dio.requests import Request
+from odirect.dio.submission import Submission, file_submission
 from odirect.dio.write_order import Crowd, WriteGate
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
-from odirect.ring.choose import open_ring
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
-from odirect.sched.drive_sync import poll_any
-from odirect.sched.scheduler import Scheduler
 
 if TYPE_CHECKING:
     import numpy
@@ -47,13 +43,8 @@ Access = Literal["auto", "strict"]
 Buffer = object  # anything with the buffer protocol
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
-_OPERATIONS = {"read": READ, "write": WRITE}
 #: Transfers in flight that a batch keeps unless told otherwise.
 BATCH_DEPTH = 64
-#: Requests of `submit` that are given to the kernel at once; more are held back.
-SUBMIT_DEPTH = 128
-# Threads that do them where there is no io_uring.
-SUBMIT_WORKERS = 8
 
 
 def open(
@@ -162,7 +153,7 @@ class File(io.RawIOBase):
             self._simple.fd = -1
         self._simple_limits = limits
         self._position = 0
-        self._submission: _Submission | None = None
+        self._submission: Submission | None = None
         self._forget_threads()
         self._tallies = Tallies()
         self._local = threading.local()
@@ -252,7 +243,8 @@ class File(io.RawIOBase):
         if self._simple_writes and (self._state.failed_sync is None or not self._flags & FUA):
             if self._state.is_block:
                 # The kernel has no lock of its own there.
-                count = self._gate.direct(lambda: self._simple.pwrite(buffer, offset, self._rwf))
+                wait = not self._flags & NOWAIT
+                count = self._gate.direct(lambda: self._simple.pwrite(buffer, offset, self._rwf), wait=wait)
             else:
                 count = self._simple.pwrite(buffer, offset, self._rwf)
             # A part that was written without waiting counts: the rest could say that it would block (F08).
@@ -439,7 +431,17 @@ class File(io.RawIOBase):
         """
         if self._submission is None:
             self._check_open()
-            self._submission = _Submission(self)
+            self._submission = file_submission(
+                self._state,
+                self._opened.direct_fd,
+                self._opened.cached_fd,
+                self._flags,
+                (self._read_outcome, self._write_outcome),
+                strict=self.access == "strict",
+                ask_again=self._ask_again,
+                check=self._check_usable,
+                tell=self._tally,
+            )
         return self._submission.submit(op, offset, buffer, tag)
 
     def completions(self) -> Iterator[Request]:
@@ -449,6 +451,10 @@ class File(io.RawIOBase):
         return self._submission.completions()
 
     # How.
+
+    def _tally(self, request: Request) -> None:
+        if request.outcome is not None:
+            self._tallies.add(request.outcome, request.transferred)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -484,6 +490,8 @@ class File(io.RawIOBase):
 
     def _in_turn(self, merges: bool, call: Callable[[], T]) -> T:
         """What `call`, a write, returns; it is kept apart from those of other threads, and of `submit`."""
+        if self._flags & NOWAIT:
+            return self._gate.direct(call, wait=False)  # It merges nothing: that may wait.
         if not merges:
             return self._gate.direct(call)
         if self._submission is not None:
@@ -721,109 +729,3 @@ def _forget_threads() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_threads)
-
-
-class _Submission:
-    """Requests in flight of one `File`, for `submit` and `completions`: a ring of its own, one thread."""
-
-    def __init__(self, file: File) -> None:
-        opened = file._opened
-        self._file = file
-        self._thread = threading.get_ident()
-        self._queue = RingQueue(
-            open_ring(SUBMIT_DEPTH, workers=SUBMIT_WORKERS), open_polled=lambda: open_ring(iopoll=True)
-        )
-        self._scheduler = Scheduler()
-        self._scheduler.add_device(self._queue)
-        self._cached = CachedFileDevice(opened.cached_fd)
-        self._scheduler.add_device(self._cached)
-        self._device = None
-        if opened.direct_fd >= 0:
-            self._device = FileDevice(self._queue, opened.direct_fd, file._state.limits)
-        plain = PlainFile(
-            file._state,
-            self._device,
-            self._cached,
-            BufferPool(POOL_CHUNK_BYTES, POOL_CHUNKS, ring=self._queue.ring),
-            strict=file.access == "strict",
-            ask_again=file._ask_again,
-        )
-        self._requests = Requests(
-            file._state,
-            self._device,
-            plain,
-            self._scheduler,
-            opened.cached_fd,
-            file._flags,
-            (file._read_outcome, file._write_outcome),
-            self._done,
-        )
-        self._finished: collections.deque[Request] = collections.deque()
-
-    def submit(self, op: str, offset: int, buffer: Buffer, tag: object) -> Request:
-        """See `File.submit`."""
-        number = _OPERATIONS.get(op)
-        if number is None:
-            raise ValueError(f"operation {op!r}: use 'read' or 'write'")
-        self._file._check_usable(number)
-        self._check_thread()
-        request = self._requests.start(number, offset, buffer, tag)
-        if self._requests.tasks:
-            self._scheduler.run_ready()
-        return request
-
-    def resized(self, size: int) -> None:
-        """The file has been cut."""
-        self._requests.resized(size)
-
-    def settle(self) -> None:
-        """Wait until nothing is in flight, if that is this thread's to do; `completions` gives it out later."""
-        if self._thread == threading.get_ident():
-            self._drain()
-
-    def completions(self) -> Iterator[Request]:
-        """See `File.completions`."""
-        finished = self._finished
-        self._check_thread()
-        while True:
-            while finished:
-                yield finished.popleft()
-            if not self._requests.pending:
-                return
-            self._pump()
-
-    def close(self) -> None:
-        """Wait for everything in flight and close the ring; requests nobody asked for are dropped."""
-        if self._requests.pending:
-            self._check_thread()
-        try:
-            self._drain()
-        finally:
-            if self._thread == threading.get_ident() and self._device is not None:
-                self._device.close()
-            self._queue.close()
-            self._cached.close()
-
-    def _check_thread(self) -> None:
-        if self._thread != threading.get_ident():
-            raise RuntimeError("submit and completions belong to the thread that called submit first")
-
-    def _drain(self) -> None:
-        while self._requests.pending:
-            self._pump()
-
-    def _pump(self) -> None:
-        """Wait until something has come back."""
-        scheduler = self._scheduler
-        done = len(self._finished)
-        scheduler.run_ready()
-        if len(self._finished) > done:
-            return
-        scheduler.commit()
-        scheduler.dispatch(poll_any(scheduler.devices, -1))
-
-    def _done(self, request: Request) -> None:
-        outcome = request.outcome
-        if outcome is not None:
-            self._file._tallies.add(outcome, request.transferred)
-        self._finished.append(request)

@@ -36,12 +36,12 @@ class FakeRing:
         self.running += self.queued
         self.queued = []
 
-    def reap(self, timeout_ns: int) -> list[tuple[object, int]]:
+    def reap(self, timeout_ns: int, into: list[tuple[object, int]]) -> None:
         self.calls.append(("reap", timeout_ns))
         answers, self.answers = list(self.answers), collections.deque()
         tags = [tag for tag, _ in answers]
         self.running = [entry for entry in self.running if entry[-1] not in tags]
-        return answers
+        into += answers
 
     def wakeup_fd(self) -> int:
         return 42
@@ -160,11 +160,11 @@ def test_hipri_bios_go_to_a_ring_of_their_own(ring):
     answer = ring.reap
     turns = []
 
-    def later(timeout_ns: int) -> list[tuple[object, int]]:
+    def later(timeout_ns: int, into: list[tuple[object, int]]) -> None:
         turns.append(timeout_ns)
         if len(turns) == 3:
             ring.answers.append((plain, 512))
-        return answer(timeout_ns)
+        answer(timeout_ns, into)
 
     ring.reap = later  # type: ignore[method-assign]
     assert queue.in_flight == 2 and queue.poll(0) == []
@@ -189,3 +189,37 @@ def test_a_queue_without_polled_bios_does_not_ask_for_them(ring):
     ring.answers.append((plain, 512))
     assert queue.poll(-1) == [plain]
     assert ("reap", -1) in ring.calls and not [call for call in polled.calls if call[0] == "reap"]
+
+
+def test_answers_are_gathered_by_whoever_empties_the_list(ring):
+    """B07: nothing of the tags is called; what is left is given out again, or settled by a poll."""
+    queue, first, second = RingQueue(ring), bio(), bio()
+    for each in (first, second):
+        queue.submit(READ, 5, each, 0)
+    queue.commit()
+    ring.answers.extend([(first, 512), (second, 100)])
+    answers = queue.gather()
+    assert answers == [(first, 512), (second, 100)] and queue.in_flight == 2
+    del answers[0]
+    assert queue.gather() is answers == [(second, 100)]
+    assert queue.poll(-1) == [second] and second.done_bytes == 100 and not queue.in_flight
+    assert [call for call in ring.calls if call[0] == "reap"] == [("reap", -1), ("reap", 0)]
+
+
+def test_nothing_is_gathered_beside_polled_bios(ring):
+    """B06: those take `poll`."""
+    queue = RingQueue(ring, open_polled=FakeRing)
+    queue.submit_polled(READ, 9, Step(bio(), lambda result: result), 0)
+    assert queue.gather() is None
+
+
+def test_a_poll_of_two_rings_can_be_woken(ring):
+    """B06: also while it spins on both."""
+    polled = FakeRing()
+    queue = RingQueue(ring, open_polled=lambda: polled)
+    ring.wake = lambda: None  # type: ignore[attr-defined]
+    queue.submit_polled(READ, 9, Step(bio(), lambda result: result), 0)
+    queue.submit(READ, 5, bio(), 0)
+    queue.commit()
+    queue.wake()
+    assert queue.poll(-1) == [] and queue.in_flight == 2

@@ -54,8 +54,14 @@ def test_json(source: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -
     assert captured.err == ""
     assert told["source"] == str(source) and told["target"] == str(scratch / "copy")
     assert told["bytes_copied"] == 3 * MIB + 7 and told["verified"] is True and told["durable"] is False
-    assert told["outcomes"]["direct"] >= 3 and told["seconds"] > 0
-    assert sum(tally["bytes"] for tally in told["writes"].values()) == 3 * MIB + 7
+    assert told["seconds"] > 0
+    for way in ("outcomes", "reads", "writes"):
+        assert {tuple(each) for each in told[way]} == {("kind", "reason", "promise", "operations", "bytes")}
+    assert sum(each["operations"] for each in told["outcomes"] if each["kind"] == "direct") >= 3
+    assert sum(each["bytes"] for each in told["writes"]) == 3 * MIB + 7
+    for number in ("operations", "bytes"):
+        reads_and_writes = [*told["reads"], *told["writes"]]
+        assert sum(each[number] for each in told["outcomes"]) == sum(each[number] for each in reads_and_writes)
 
 
 def test_several_into_a_directory(source: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:

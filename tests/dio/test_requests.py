@@ -54,9 +54,12 @@ class ScriptRing:
         self.running += self.queued
         self.queued = []
 
-    def reap(self, timeout_ns: int) -> list[tuple[object, int]]:
+    def reap(self, timeout_ns: int, into: list[tuple[object, int]]) -> None:
         running, self.running = self.running, []
-        return [(entry[-1], self._answer(*entry[:-1])) for entry in running]
+        into += [(entry[-1], self._answer(*entry[:-1])) for entry in running]
+
+    def holds(self, tag: object) -> bool:
+        return any(entry[-1] is tag for entry in self.queued + self.running)
 
     def wakeup_fd(self) -> int:
         raise AssertionError("nobody waits for a descriptor here")

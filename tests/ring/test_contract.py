@@ -763,6 +763,95 @@ def test_handlers_that_raise_anywhere_lose_nothing(make_ring: MakeRing, fd: int,
     assert sorted(seen) == [(index, BLOCK) for index in range(rounds * BLOCKS)]  # type: ignore[type-var]
 
 
+def test_a_handler_that_raises_in_reap_is_told_from_one_elsewhere(blocked: Blocked) -> None:
+    """`interruptible` is true while this thread waits in `reap`, and for no other."""
+    ring, _ = blocked.start()
+    seen: list[bool] = []
+    elsewhere: list[bool] = []
+
+    def look() -> None:
+        seen.append(ring.interruptible)
+        other = threading.Thread(target=lambda: elsewhere.append(ring.interruptible))
+        other.start()
+        other.join()
+        blocked.let_go()
+
+    assert not ring.interruptible
+    if blocked.kind == "threads-0":
+        blocked.let_go()
+    with alarm(look):
+        assert ring.reap(-1) == [("blocked", 8)]
+    if blocked.kind != "threads-0":
+        assert seen == [True] and elsewhere == [False]
+    assert not ring.interruptible
+
+
+# --- from other threads ----------------------------------------------------------------------------
+
+
+def test_answers_may_be_added_to_a_list(make_ring: MakeRing, fd: int, memory: mmap.mmap) -> None:
+    """It is returned; a handler's exception right behind the call takes nothing with it."""
+    ring = make_ring()
+    into: list[tuple[object, int]] = [("before", 1)]
+    assert ring.reap(0, into) is into
+    ring.queue(READ, fd, (blocks(memory)[0],), 0, BLOCK, 0, "it")
+    while ring.in_flight:
+        assert ring.reap(-1, into) is into
+    assert into == [("before", 1), ("it", BLOCK)]
+
+
+def test_what_it_holds(make_ring: MakeRing, fd: int, memory: mmap.mmap) -> None:
+    """A tag is held from `queue` until it is reaped; another that is equal is not."""
+    ring = make_ring()
+    tag, equal = ("a", 1), tuple(["a", 1])
+    assert not ring.holds(tag)
+    ring.queue(READ, fd, (blocks(memory)[0],), 0, BLOCK, 0, tag)
+    assert ring.holds(tag) and not ring.holds(equal)
+    reap_all(ring)
+    assert not ring.holds(tag)
+
+
+@pytest.mark.parametrize("kind", ["uring-shared", "threads-4"])
+def test_another_thread_wakes_whoever_reaps(blocked: Blocked) -> None:
+    """`reap` comes back with nothing, what is in flight goes on, and the next one waits again."""
+    ring, _ = blocked.start()
+    answers: list[list[tuple[object, int]]] = []
+    thread = threading.Thread(target=lambda: answers.append(ring.reap(-1)))
+    thread.start()
+    ring.wake()
+    thread.join(30)
+    assert answers == [[]] and ring.in_flight == 1
+    thread = threading.Thread(target=lambda: answers.append(ring.reap(-1)))
+    thread.start()
+    blocked.let_go()
+    thread.join(30)
+    assert answers == [[], [("blocked", 8)]]
+
+
+def test_a_wake_that_nobody_waited_for(make_ring: MakeRing, fd: int, memory: mmap.mmap, content: bytes) -> None:
+    """It ends the next wait at most; neither answers nor a batch are confused by it."""
+    ring = make_ring(4)
+    pieces = blocks(memory)
+    for _ in range(20):
+        for number in range(8):
+            ring.wake()
+            ring.queue(READ, fd, (pieces[number],), number * BLOCK, BLOCK, 0, number)
+        assert reap_all(ring) == dict.fromkeys(range(8), BLOCK)
+    ring.wake()
+    results = int64s([-1] * 4)
+    offsets = int64s(range(0, 4 * BLOCK, BLOCK))
+    assert ring.transfer_batch(READ, fd, memory, BLOCK, offsets, BLOCK, 0, results, 4) == 0
+    assert list(results) == [BLOCK] * 4 and memory[: 4 * BLOCK] == content[: 4 * BLOCK]
+    ring.wake()
+    ring.close()
+
+
+def test_a_ring_on_threads_that_was_interrupted_before_it_began() -> None:
+    """What `__del__` needs is there although `__init__` never ran."""
+    state = threads._State.__new__(threads._State)
+    state.__del__()
+
+
 # --- batches ---------------------------------------------------------------------------------------
 
 

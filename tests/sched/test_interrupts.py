@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from odirect.sched.interrupts import Interrupts
+from odirect.sched.interrupts import Interrupts, Noted, Quiet
 
 
 class Told(Exception):
@@ -165,3 +165,101 @@ def test_other_threads_have_nothing_to_hold_back() -> None:
     thread.start()
     thread.join()
     assert failed == []
+
+
+# --- Quiet ----------------------------------------------------------------------------------------
+
+
+class Inside:
+    interruptible = True
+
+
+def test_quiet_keeps_handlers_out_until_it_is_left(told: list[int]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Quiet() as quiet:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert told == [] and len(quiet.came) == 2
+        quiet.check()
+        assert told == [signal.SIGINT, signal.SIGTERM]
+        signal.raise_signal(signal.SIGHUP)
+    assert told == [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
+def test_quiet_is_ended_where_that_loses_nothing(told: list[int]) -> None:
+    """A wait that says so is left by `Noted`; the handler itself is called later."""
+    with Quiet() as quiet:
+        for place, raises in ((Inside(), False), (None, True)):
+            quiet.waits, quiet.raises = place, raises
+            with pytest.raises(Noted):
+                signal.raise_signal(signal.SIGINT)
+            quiet.waits, quiet.raises = object(), False
+            signal.raise_signal(signal.SIGTERM)
+        assert told == []
+    assert told == [signal.SIGINT, signal.SIGTERM] * 2
+
+
+def test_quiet_tells_what_a_handler_raises_after_the_others(told: list[int]) -> None:
+    """None is forgotten because another one raised."""
+
+    def stop(number: int, frame: object) -> None:
+        told.append(number)
+        raise Told
+
+    signal.signal(signal.SIGINT, stop)
+    with pytest.raises(Told), Quiet() as quiet:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Told):
+            quiet.check()
+        signal.raise_signal(signal.SIGINT)
+    assert told == [signal.SIGINT, signal.SIGTERM, signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is stop
+
+
+def test_quiet_within_quiet(told: list[int]) -> None:
+    with Quiet() as outer:
+        with Quiet() as inner:
+            signal.raise_signal(signal.SIGINT)
+            assert inner.came
+        assert told == [] and outer.came
+    assert told == [signal.SIGINT]
+
+
+def test_a_long_wait_of_a_task_is_not_quiet(told: list[int]) -> None:
+    """`Interrupts` says where a signal may end the wait of a task, also for signals that are not its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGALRM, lambda number, frame: told.append(number))
+    reader, writer = os.pipe()
+    try:
+        with Interrupts() as interrupts, Quiet():
+            signal.raise_signal(signal.SIGALRM)
+            assert told == []
+            interrupts.allowed(lambda: signal.raise_signal(signal.SIGALRM))
+            assert told == [signal.SIGALRM]
+            sender = threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT))
+            sender.start()
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.wait_for(reader, select.POLLIN)
+            sender.join()
+        assert told == [signal.SIGALRM] * 2
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_other_threads_are_never_quiet() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def work() -> None:
+        with Quiet() as quiet:
+            seen.extend([signal.getsignal(signal.SIGINT), quiet.came])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before, []]

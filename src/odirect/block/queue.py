@@ -51,14 +51,26 @@ class RingQueue:
         self.ring = ring
         self._open_polled = open_polled
         self._polled: Ring | None = None
-        self._answers: collections.deque[tuple[object, int]] = collections.deque()
+        #: What the rings have answered and nobody has taken yet: also what an interrupt left.
+        self._answers: list[tuple[object, int]] = []
         self._finished: list[Bio] = []
+        self._woken = False
 
     @property
     def in_flight(self) -> int:
         """Operations that have not come back."""
         here = len(self._answers) + len(self._finished)
         return self.ring.in_flight + here + (self._polled.in_flight if self._polled is not None else 0)
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether this thread waits in a ring, where an exception of a signal's handler loses nothing."""
+        return self.ring.interruptible or (self._polled is not None and self._polled.interruptible)
+
+    def wake(self) -> None:
+        """Make the `poll` that is under way in another thread return soon. Under the lock of whoever submits."""
+        self._woken = True
+        self.ring.wake()
 
     def submit(self, op: int, handle: int, bio: Bio, flags: int) -> None:
         """Queue a bio as one ring operation."""
@@ -94,13 +106,18 @@ class RingQueue:
             timeout_ns = 0
         polled = self._polled
         if polled is None or not polled.in_flight:
-            return self._settle(self.ring.reap(timeout_ns))
+            self.ring.reap(timeout_ns, self._answers)
+            return self._settle()
         if not self.ring.in_flight:
-            return self._settle(polled.reap(timeout_ns))
+            polled.reap(timeout_ns, self._answers)
+            return self._settle()
         # Both are busy. HIPRI means that the processor may be spent on asking.
         while True:
-            finished = self._settle(polled.reap(0) + self.ring.reap(0))
-            if finished or timeout_ns >= 0:
+            polled.reap(0, self._answers)
+            self.ring.reap(0, self._answers)
+            finished = self._settle()
+            if finished or timeout_ns >= 0 or self._woken:
+                self._woken = False
                 return finished
 
     def wakeup_fd(self) -> int:
@@ -115,14 +132,25 @@ class RingQueue:
             if self._polled is not None:
                 self._polled.close()
 
-    def _settle(self, answers: list[tuple[object, int]]) -> list[Bio]:
-        # What an interrupt leaves here in the middle is returned by the next poll.
+    def gather(self) -> list[tuple[object, int]] | None:
+        """(tag, result) of what the ring has finished, after waiting for it, in a list that the caller empties.
+
+        For those who put their own tags on the ring, and would have nothing of them called. What is left in the
+        list is for the next `gather` or `poll`. None if this takes `poll`.
+        """
+        if self._polled is not None or self._finished:
+            return None
+        if not self._answers:
+            self.ring.reap(-1, self._answers)
+        return self._answers
+
+    def _settle(self) -> list[Bio]:
         waiting = self._answers
-        waiting.extend(answers)
         finished = self._finished
         unanswered = False
         while waiting:
-            tag, result = waiting.popleft()
+            tag, result = waiting[0]
+            del waiting[0]
             if type(tag) is Bio:
                 _record(tag, result)
                 finished.append(tag)

@@ -12,7 +12,7 @@ import click
 
 from odirect.base.errors import NotDirectError, UnsupportedError, from_errno
 from odirect.base.units import KIB, MIB, format_bytes
-from odirect.cli import common
+from odirect.cli import common, places, volume_bench
 
 if TYPE_CHECKING:
     from odirect.benchmark import Cache, Measured, Work
@@ -118,6 +118,9 @@ def command(
 ) -> None:
     """Measure reads or writes of FILE, a file or block device, past the page cache.
 
+    IMAGE:/PATH is a file in the volume that an image file or block device holds; --compare goes through
+    a cache of this program then.
+
     It goes on for --runtime seconds, or until each job has made --number requests, whichever comes
     first. With neither, it goes over --size once, or for five seconds without --size.
 
@@ -129,7 +132,11 @@ def command(
       odirect bench data.bin --rw randread --bs 4k --iodepth 32 --require-direct
       odirect bench data.bin --compare
       odirect bench new.bin --rw write --size 1G --end-sync
+      odirect bench disk.img:/data.bin --rw randread --iodepth 64
     """
+    place = places.parse(file)
+    if place is not None:
+        volume_bench.check_options(place, engine, jobs, writes=rw.endswith("write"))
     is_random = rw.startswith("rand")
     bs = bs or (4 * KIB if is_random else MIB)
     if iodepth is None:
@@ -139,7 +146,10 @@ def command(
         # Only now: what is loaded may look at the environment.
         from odirect.benchmark import Cache, Stop, Work, drop_cached, measure, ring_in_use
 
-        usable = _prepared(file, rw, size, offset, overwrite=overwrite_data)
+        if place is None:
+            usable = _prepared(file, rw, size, offset, overwrite=overwrite_data)
+        else:
+            usable = volume_bench.prepared(place, rw, size, offset, overwrite=overwrite_data)
         blocks = usable // bs
         each = blocks if is_random else blocks // jobs
         if not each:
@@ -157,7 +167,8 @@ def command(
             seed = int(numpy.random.SeedSequence().generate_state(1)[0])
         works = [
             Work(
-                path=file,
+                path=file if place is None else os.fsdecode(place.path),
+                image="" if place is None else place.image,
                 rw=rw,
                 engine=engine,
                 block_bytes=bs,
@@ -180,12 +191,12 @@ def command(
         measured: dict[Cache, Measured] = {}
         kind, features = ring_in_use(iodepth)
         for cache in Cache if compare else (Cache.DIRECT,):
-            if compare:
+            if compare and place is None:
                 drop_cached(file)
             measured[cache] = measure(_for_cache(works, cache), stop)
             if stop.asked:
                 break
-    notes = _notes(file, rw)
+    notes = _notes(file, rw) if place is None else volume_bench.notes(place, rw)
     direct = measured[Cache.DIRECT]
     if as_json:
         told = {
@@ -352,16 +363,7 @@ def _figures(measured: Measured) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_us_per_op": measured.cpu_ns / 1e3 / operations if operations else 0.0,
         "latency_us": percentiles,
-        "outcomes": [
-            {
-                "kind": outcome.kind.value,
-                "reason": outcome.reason.value,
-                "promise": outcome.promise.value,
-                "operations": tally.operations,
-                "bytes": tally.bytes,
-            }
-            for outcome, tally in _by_number(measured)
-        ],
+        "outcomes": common.outcomes_as_json(measured.outcomes),
     }
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 
 import click
 
-from odirect.cli import common
+from odirect.cli import common, places
+from odirect.cli.sessions import Volumes
 
 _STDOUT = 1
 
@@ -19,15 +20,24 @@ _STDOUT = 1
 def command(files: tuple[str, ...], offset: int, length: int | None, strict: bool) -> None:
     """Write files or block devices to standard output, past the page cache.
 
+    IMAGE:/PATH is a file in the volume that an image file or block device holds.
     Offset and length hold for each file, and need not be aligned. What lies past the end is left out.
 
     \b
     Examples:
       odirect cat image.raw | zstd > image.zst
       odirect cat --offset 1M --length 4k /dev/sdb | xxd
+      odirect cat disk.img:/etc/fstab
     """
-    from odirect.copying import copy_out
-
     access: Literal["auto", "strict"] = "strict" if strict else "auto"
-    for path in files:
-        copy_out(path, _STDOUT, offset=offset, length=length, access=access)
+    with Volumes() as volumes:
+        for path in files:
+            place = places.parse(path)
+            if place is not None:
+                from odirect.cli.volume_cat import write_out
+
+                write_out(volumes, place, offset=offset, length=length, access=access)
+            else:
+                from odirect.copying import copy_out
+
+                copy_out(path, _STDOUT, offset=offset, length=length, access=access)

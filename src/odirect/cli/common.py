@@ -91,9 +91,24 @@ def sentence_of(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {max(100 * count / total, 0.01):.3g}%" for name, count in counts.items())
 
 
-def tallies_as_json(tallies: Mapping[Outcome, Tally]) -> dict[str, dict[str, int]]:
-    """Outcomes ready for JSON."""
-    return {str(outcome): {"operations": tally.operations, "bytes": tally.bytes} for outcome, tally in tallies.items()}
+def outcomes_as_json(*tallies: Mapping[Outcome, Tally]) -> list[dict[str, str | int]]:
+    """Outcomes for JSON, those of all `tallies` together, the most frequent first; everywhere in this form."""
+    counts: dict[Outcome, list[int]] = {}
+    for tally in tallies:
+        for outcome, (operations, number) in tally.items():
+            count = counts.setdefault(outcome, [0, 0])
+            count[0] += operations
+            count[1] += number
+    return [
+        {
+            "kind": outcome.kind.value,
+            "reason": outcome.reason.value,
+            "promise": outcome.promise.value,
+            "operations": operations,
+            "bytes": number,
+        }
+        for outcome, (operations, number) in sorted(counts.items(), key=lambda item: -item[1][0])
+    ]
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from odirect.base.units import format_bytes
-from odirect.cli import common
+from odirect.cli import common, places
 
 if TYPE_CHECKING:
     from odirect.copying import CopyReport
@@ -19,6 +19,13 @@ _STDIN, _STDOUT = 0, 1
 @click.command("cp")
 @common.path_argument(nargs=-1, name="sources", metavar="SOURCE...")
 @common.path_argument(name="target", metavar="TARGET")
+@click.option("-r", "-R", "--recursive", is_flag=True, help="Directories, with all that is in them.")
+@click.option(
+    "-a",
+    "--archive",
+    is_flag=True,
+    help="As -r, and keep owners, modes, times, extended attributes and hard links. Both need a volume on one side.",
+)
 @click.option("--verify", is_flag=True, help="Read the copy back past the page cache, and compare it.")
 @click.option("--sync/--no-sync", default=False, help="Return when the copy would survive a power cut. [no]")
 @click.option("--sparse/--no-sparse", default=True, help="Keep holes, or write zeroes for them. [keep]")
@@ -41,6 +48,8 @@ _STDIN, _STDOUT = 0, 1
 def command(
     sources: tuple[str, ...],
     target: str,
+    recursive: bool,
+    archive: bool,
     verify: bool,
     sync: bool,
     sparse: bool,
@@ -57,13 +66,38 @@ def command(
     sources; - is standard input or output. A file appears under its name when it is whole: interrupted or
     failed, nothing is left of it. Holes stay holes, and are zeroed on a device.
 
+    IMAGE:/PATH is a path in the volume that an image file or block device holds, which is neither mounted
+    nor to be mounted for this; IMAGE: is its root. A path that begins with ./ is always an ordinary one.
+
     \b
     Examples:
       odirect cp image.raw /mnt/backup/
       odirect cp --verify --sync image.raw /dev/sdb
       odirect cp /dev/sdb1 partition.raw
       zcat image.gz | odirect cp - image.raw
+      odirect cp disk.img:/etc/fstab .
+      odirect cp -a build/rootfs/. disk.img:/
+      odirect cp -r old.img:/home /dev/sdb1:/
     """
+    if any(places.parse(path) is not None for path in (*sources, target)):
+        _copy_in_volumes(
+            sources,
+            target,
+            recursive=recursive,
+            archive=archive,
+            verify=verify,
+            sync=sync,
+            sparse=sparse,
+            progress=progress,
+            as_json=as_json,
+            strict=strict,
+            overwrite_in_use=overwrite_in_use,
+            chunk=chunk,
+            depth=depth,
+        )
+        return
+    if recursive or archive:
+        raise click.UsageError("trees are copied into volumes and out of them; here neither side is in one")
     to_stdout = target == common.STDIO
     if len(sources) > 1 and not to_stdout and not os.path.isdir(target):
         raise click.UsageError(f"{common.shown(target)} is not a directory, and there are several sources")
@@ -84,6 +118,59 @@ def command(
             click.echo(_line(source, report), err=True)
 
 
+def _copy_in_volumes(
+    sources: tuple[str, ...],
+    target: str,
+    *,
+    recursive: bool,
+    archive: bool,
+    verify: bool,
+    sync: bool,
+    sparse: bool,
+    progress: bool | None,
+    as_json: bool,
+    strict: bool,
+    overwrite_in_use: bool,
+    chunk: int | None,
+    depth: int | None,
+) -> None:
+    """The same where a volume has part in it."""
+    from odirect.cli import volume_cp
+
+    if overwrite_in_use:
+        raise click.UsageError("--overwrite-in-use is not for volumes: two that write to one destroy it")
+    if target == common.STDIO:
+        if as_json or verify or sync or recursive or archive:
+            raise click.UsageError("standard output takes the bytes of files, and nothing else")
+        from odirect.cli.cat import command as cat
+
+        cat.callback(sources, 0, None, strict)  # type: ignore[misc]
+        return
+    options = volume_cp.Options(
+        recursive=recursive or archive,
+        keep=archive,
+        verify=verify,
+        durable=sync,
+        sparse=sparse,
+        access="strict" if strict else "auto",
+        **{"chunk_bytes": chunk} if chunk is not None else {},
+        **{"depth": depth} if depth is not None else {},
+    )
+
+    def tell(source: str, copied: volume_cp.TreeCopied) -> None:
+        if as_json:
+            common.print_json({**_as_json(source, copied.report), **volume_cp.as_json(copied)}, indent=None)
+        elif progress is not False:
+            trees = copied.directories + copied.links + copied.nodes + copied.hard_links
+            what = f"{copied.files} files and {trees} others, " if trees or copied.files > 1 else ""
+            click.echo(_line(source, copied.report, what), err=True)
+        if not as_json:
+            for missed in copied.left_out:
+                click.echo(f"odirect: not kept: {missed}".encode("utf-8", "replace"), err=True)
+
+    volume_cp.copy_all(list(sources), target, options, common.wants_progress(progress), tell)
+
+
 def _copy(source: str, target: str, options: dict[str, Any], sparse: bool, progress: bool) -> CopyReport:
     from odirect import copying
 
@@ -97,9 +184,9 @@ def _copy(source: str, target: str, options: dict[str, Any], sparse: bool, progr
         return copying.copy(source, target, sparse=sparse, progress=told, **options)
 
 
-def _line(source: str, report: CopyReport) -> str:
+def _line(source: str, report: CopyReport, what: str = "") -> str:
     words = [
-        f"{common.shown(source)} -> {common.shown(report.target)}: {format_bytes(report.bytes_copied)}",
+        f"{common.shown(source)} -> {common.shown(report.target)}: {what}{format_bytes(report.bytes_copied)}",
         f"in {report.seconds:.2f} s, {common.rate(report.bytes_copied, report.seconds)}",
     ]
     told = [common.sentence_of(common.ways(report.read_outcomes, report.write_outcomes))]
@@ -120,7 +207,7 @@ def _as_json(source: str, report: CopyReport) -> dict[str, object]:
         "bytes_per_second": report.bytes_per_second,
         "verified": report.verified,
         "durable": report.durable,
-        "outcomes": common.ways(report.read_outcomes, report.write_outcomes),
-        "reads": common.tallies_as_json(report.read_outcomes),
-        "writes": common.tallies_as_json(report.write_outcomes),
+        "outcomes": common.outcomes_as_json(report.read_outcomes, report.write_outcomes),
+        "reads": common.outcomes_as_json(report.read_outcomes),
+        "writes": common.outcomes_as_json(report.write_outcomes),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -22,12 +22,15 @@ from odirect.block.device import Limits
 from odirect.block.fiemap import ExtentFlag, FileExtent, file_extents
 from odirect.block.file_device import file_bytes
 from odirect.block.limits import Alignment, describe
-from odirect.cli import common, info
+from odirect.cli import common, info, places
 from odirect.dio.opening import Opened, open_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason
 from odirect.dio.plainfile import FileState, PlainFile
 from odirect.sched.drive_sync import SyncDriver
 from odirect.sched.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from odirect.cli import volume_explain
 
 _SHOWN_EXTENTS = 20
 _PICTURE_WIDTH = 64
@@ -84,6 +87,7 @@ class Cost(NamedTuple):
 def command(file: str, bs: int, offset: int, all_extents: bool, as_json: bool) -> None:
     """Say whether a file's I/O goes direct, where its bytes are, and which requests fall back and why.
 
+    IMAGE:/PATH is a file in the volume that an image file or block device holds.
     Nothing is written. Requests are taken to follow one another from --offset to the end of the file, with
     aligned memory.
 
@@ -92,8 +96,16 @@ def command(file: str, bs: int, offset: int, all_extents: bool, as_json: bool) -
       odirect explain data.bin
       odirect explain data.bin --bs 4k --offset 100
       odirect explain --json /dev/sdb
+      odirect explain disk.img:/var/lib/data.db --bs 8k
     """
-    found = explain(file, bs, offset)
+    place = places.parse(file)
+    found: Explanation | volume_explain.Explanation
+    if place is None:
+        found = explain(file, bs, offset)
+    else:
+        from odirect.cli import volume_explain
+
+        found = volume_explain.explain_in_volume(place, bs, offset)
     if as_json:
         common.print_json(found.as_json())
     else:
@@ -121,11 +133,11 @@ class Explanation(NamedTuple):
             "size_bytes": self.size,
             "extents": None if self.pieces is None else [piece._asdict() for piece in self.pieces],
             "why_no_extents": self.why_no_pieces,
-            "bytes_by_kind": _totals(self.pieces or []),
+            "bytes_by_kind": bytes_by_kind(self.pieces or []),
             "request_bytes": self.block,
             "first_offset": self.offset,
-            "reads": [_cost_as_json(cost) for cost in self.reads],
-            "writes": [_cost_as_json(cost) for cost in self.writes],
+            "reads": [cost_as_json(cost) for cost in self.reads],
+            "writes": [cost_as_json(cost) for cost in self.writes],
         }
 
     def lines(self, all_extents: bool) -> list[str]:
@@ -149,28 +161,14 @@ class Explanation(NamedTuple):
             f"({count} in all), with aligned memory:"
         )
         rows = [["", "requests", "bios", "how"]]
-        rows += _cost_rows("reading", self.reads) + _cost_rows("writing", self.writes)
+        rows += cost_rows("reading", self.reads) + cost_rows("writing", self.writes)
         return [*lines, *common.columns(rows, right=(1, 2))]
 
     def _extent_lines(self, all_extents: bool) -> list[str]:
         pieces = self.pieces
         if pieces is None:
             return [f"Where its bytes are cannot be told: {self.why_no_pieces}."]
-        if not pieces:
-            return ["It is empty."]
-        extents = [piece for piece in pieces if piece.kind != "hole"]
-        lines = [f"{len(extents)} extent{'s' * (len(extents) != 1)}:", "", *picture(pieces, self.size), ""]
-        shown = extents if all_extents else extents[:_SHOWN_EXTENTS]
-        rows = [["offset", "length", "on the device at", "kind"]]
-        for piece in shown:
-            rows.append(
-                [str(piece.offset), str(piece.length), "-" if piece.addr is None else str(piece.addr), piece.kind]
-            )
-        if shown:
-            lines += common.columns(rows, right=(0, 1, 2))
-        if len(extents) > len(shown):
-            lines.append(f"  ... and {len(extents) - len(shown)} more (--all shows them)")
-        return lines
+        return extent_lines(pieces, self.size, all_extents)
 
 
 def explain(path: str, block: int, offset: int) -> Explanation:
@@ -188,6 +186,23 @@ def explain(path: str, block: int, offset: int) -> Explanation:
         return Explanation(path, alignment, size, pieces, why, block, offset, reads, writes)
     finally:
         opened.close()
+
+
+def extent_lines(pieces: Sequence[Piece], size: int, all_extents: bool) -> list[str]:
+    """A picture of the file, and its extents."""
+    if not pieces:
+        return ["It is empty."]
+    extents = [piece for piece in pieces if piece.kind != "hole"]
+    lines = [f"{len(extents)} extent{'s' * (len(extents) != 1)}:", "", *picture(pieces, size), ""]
+    shown = extents if all_extents else extents[:_SHOWN_EXTENTS]
+    rows = [["offset", "length", "on the device at", "kind"]]
+    for piece in shown:
+        rows.append([str(piece.offset), str(piece.length), "-" if piece.addr is None else str(piece.addr), piece.kind])
+    if shown:
+        lines += common.columns(rows, right=(0, 1, 2))
+    if len(extents) > len(shown):
+        lines.append(f"  ... and {len(extents) - len(shown)} more (--all shows them)")
+    return lines
 
 
 # --- where the bytes are -------------------------------------------------------------------------
@@ -243,7 +258,7 @@ def picture(pieces: Sequence[Piece], size: int, *, width: int = _PICTURE_WIDTH, 
     )
     edge = "▕▏" if pretty else "||"
     scale = f"{'0':<{width // 2}}{format_bytes(size):>{width - width // 2}}"
-    totals = _totals(pieces)
+    totals = bytes_by_kind(pieces)
     legend = [
         [_sign(kind, pretty), LOOKS[kind].words, common.exact(totals[kind])] for kind in order[::-1] if kind in totals
     ]
@@ -264,7 +279,8 @@ def _can_show_signs() -> bool:
     return True
 
 
-def _totals(pieces: Sequence[Piece]) -> dict[str, int]:
+def bytes_by_kind(pieces: Sequence[Piece]) -> dict[str, int]:
+    """Bytes by the kind of piece that they are in."""
     totals: dict[str, int] = {}
     for piece in pieces:
         totals[piece.kind] = totals.get(piece.kind, 0) + piece.length
@@ -391,14 +407,16 @@ def _try(opened: Opened, alignment: Alignment, op: int, offset: int, memory: mem
     return Cost(outcome, 1, direct.bios + cached.bios)
 
 
-def _cost_rows(verb: str, found: Sequence[Cost]) -> list[list[str]]:
+def cost_rows(verb: str, found: Sequence[Cost]) -> list[list[str]]:
+    """The fields of the table of costs."""
     rows = []
     for number, cost in enumerate(found):
         rows.append(["" if number else verb, str(cost.requests), str(cost.bios), str(cost.outcome)])
     return rows
 
 
-def _cost_as_json(cost: Cost) -> dict[str, object]:
+def cost_as_json(cost: Cost) -> dict[str, object]:
+    """Ready for JSON."""
     return {
         "kind": cost.outcome.kind.value,
         "reason": cost.outcome.reason.value,

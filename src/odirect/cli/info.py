@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from odirect.base.units import format_bytes
-from odirect.cli import common
+from odirect.cli import common, places
 
 if TYPE_CHECKING:
     from odirect.block.device import Limits
@@ -42,11 +42,25 @@ _FIGURES = {
 def command(path: str, as_json: bool) -> None:
     """Say what direct I/O on a file or block device demands, each figure with its source.
 
+    IMAGE: is the volume that an image file or block device holds: what it is, how full, whether it is
+    clean and whether it can be written. IMAGE:/PATH says so of a file in it, too.
+
     \b
     Examples:
       odirect info data.bin
       odirect info --json /dev/nvme0n1
+      odirect info disk.img:
     """
+    place = places.parse(path)
+    if place is not None:
+        from odirect.cli import volume_info
+
+        in_volume = volume_info.gather(place)
+        if as_json:
+            common.print_json(in_volume)
+        else:
+            click.echo("\n".join(volume_info.lines(in_volume)).encode("utf-8", "replace"))
+        return
     found = gather(path)
     if as_json:
         common.print_json(found)

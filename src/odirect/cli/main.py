@@ -20,9 +20,18 @@ from odirect.base.errors import ODirectError
 VERBS = {
     "bench": "Measure a file or device, and say whether it was really direct.",
     "cat": "Write files to standard output, past the page cache.",
-    "cp": "Copy files and block devices, past the page cache.",
+    "check": "Look for what is wrong with a volume; nothing is written.",
+    "cp": "Copy files, trees and block devices, past the page cache; into volumes and out of them.",
     "explain": "Say whether a file's I/O goes direct, where its bytes are, and what falls back.",
-    "info": "Say what direct I/O on a file or device demands, and who says so.",
+    "info": "Say what direct I/O on a file, device or volume demands, and who says so.",
+    "ln": "Make links in a volume.",
+    "ls": "List directories in a volume.",
+    "mkdir": "Make directories in a volume.",
+    "mkfs": "Make a volume, empty or with files in it.",
+    "mv": "Rename files and directories in a volume.",
+    "rm": "Remove files and directories in a volume.",
+    "stat": "Say all that a volume says of a file.",
+    "trace": "Run another command, and show what each of its requests did, and when.",
 }
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -67,17 +76,21 @@ def _print_version(context: click.Context, _option: click.Parameter, wanted: boo
     help="Show the version and exit.",
 )
 def cli() -> None:
-    """Direct I/O on files and block devices: past the page cache, with an honest outcome.
+    """Direct I/O on files and block devices, and inside volumes that are not mounted: past the page cache,
+    with an honest outcome.
+
+    IMAGE:/PATH is a path in the volume that an image file or block device holds: disk.img:/etc/fstab.
 
     \b
     Examples:
       odirect cp --verify --sync image.raw /mnt/backup/
+      odirect cp -a build/rootfs disk.img:/ && odirect ls -l disk.img:/etc
       odirect explain data.bin
       odirect bench data.bin --rw randread --bs 4k --iodepth 32
 
     Exit status: 0 if all went well; 2 for a wrong call or path; 3 misaligned; 4 not direct though that
-    was demanded; 5 the device failed; 6 in use or read-only; 8 not supported; 9 no space; 10 what was
-    read back differs; 130 if interrupted.
+    was demanded; 5 the device failed; 6 in use or read-only; 7 damaged on disk; 8 not supported; 9 no
+    space; 10 what was read back differs; 130 if interrupted.
     """
 
 

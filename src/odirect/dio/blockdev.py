@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
+from odirect.base import trace
 from odirect.base.errors import AlignmentError, AtomicLimitError, NoSpaceError, from_errno
 from odirect.base.units import align_down, is_power_of_two
 from odirect.block.bio import ATOMIC, FLUSH, FUA, META, NOWAIT, READ, Bio
@@ -58,6 +59,7 @@ async def transfer(
     end: int | None = None,
     ordered: bool = False,
     refused: Refused | None = None,
+    traced: int = 0,
 ) -> int:
     """The number of bytes moved between `segments` and the device at byte `offset`.
 
@@ -66,11 +68,14 @@ async def transfer(
     grow pass their own end. flags: BioFlags for the bios; FUA means that the data is durable when
     this returns (B05). ordered: at most one bio in flight, lowest first, so that a growing file
     has at every moment no hole below its size (F03). refused: collects what was refused instead
-    of raising EINVAL.
+    of raising EINVAL. traced: the request in the trace that this is a part of; 0: it is one itself.
 
     Raises AlignmentError (B01), AtomicLimitError (F43), the first error of any bio (B04), and
     WouldBlockError for NOWAIT if nothing was done (F08). Source: rows B; block/fops.c's contract.
     """
+    if trace.active is not None and not traced:
+        options: dict[str, Any] = {"flags": flags, "end": end, "ordered": ordered, "refused": refused}
+        return await _traced_transfer(device, op, offset, segments, length, options)
     limits = device.limits
     check_aligned(limits, op, offset, segments, length)
     if flags & ATOMIC:
@@ -87,47 +92,78 @@ async def transfer(
         flush_after = True
 
     if flags & NOWAIT:
-        count = await _one_by_one(device, op, offset, segments, length, flags, limits, refused)
+        count = await _one_by_one(device, op, offset, segments, length, flags, limits, refused, traced)
     elif length <= limits.max_bio_bytes and len(segments) <= limits.max_segments:
         bio = Bio(op, offset, segments, length, flags)
-        await run(device, bio)
+        await run(device, bio, traced)
         if bio.done_bytes == length and not bio.error:
             count = length
         else:
-            count = await _finish_by_tracker(device, bio, refused)
+            count = await _finish_by_tracker(device, bio, refused, traced)
     else:
         tracker = _take_tracker()
         try:
-            count = await tracker.run(device, op, offset, segments, length, flags, ordered, refused)
+            count = await tracker.run(device, op, offset, segments, length, flags, ordered, refused, traced)
         finally:
             _give_tracker(tracker)
     if flush_after and count:
-        await flush(device)
+        await flush(device, traced=traced)
     return count
 
 
-async def run(device: BlockDevice, bio: Bio) -> None:
+async def _traced_transfer(
+    device: BlockDevice, op: int, offset: int, segments: Sequence[memoryview], length: int, options: dict[str, Any]
+) -> int:
+    """`transfer` as a request of its own in the trace."""
+    traced = trace.begin(None, "device", op, offset, length, options["flags"])
+    try:
+        count = await transfer(device, op, offset, segments, length, traced=traced, **options)
+    except BaseException as error:
+        trace.end(traced, 0, error)
+        raise
+    trace.end(traced, count, outcome="refused, in part" if options["refused"] else "direct")
+    return count
+
+
+async def run(device: BlockDevice, bio: Bio, traced: int = 0) -> None:
     """Submit `bio` and wait until it is finished, whatever its result (B02: the simple path)."""
     event = Event()
     bio.end = event.fire
-    device.submit(bio)
+    if trace.active is not None:
+        trace.sent(traced, bio)
+    try:
+        device.submit(bio)
+    except BaseException as error:
+        trace.not_taken(bio, error)
+        raise
     await shielded(event)
 
 
-async def flush(device: BlockDevice, *, metadata: bool = False) -> None:
+async def flush(device: BlockDevice, *, metadata: bool = False, traced: int = 0) -> None:
     """Make durable all that was completed before; with the metadata if asked. Raises DeviceError."""
-    bio = Bio(FLUSH, 0, flags=META if metadata else 0)
-    await run(device, bio)
-    if bio.error:
-        raise from_errno(bio.error, "syncing")
+    await _run_alone(device, Bio(FLUSH, 0, flags=META if metadata else 0), "syncing", traced)
 
 
 async def change_range(device: BlockDevice, op: int, offset: int, length: int) -> None:
     """DISCARD or ZERO [offset, offset+length). Raises the device's error."""
-    bio = Bio(op, offset, length=length)
-    await run(device, bio)
-    if bio.error:
-        raise from_errno(bio.error, f"{'discarding' if op != 4 else 'zeroing'} {length} bytes at {offset}")
+    doing = f"{'discarding' if op != 4 else 'zeroing'} {length} bytes at {offset}"
+    await _run_alone(device, Bio(op, offset, length=length), doing, 0)
+
+
+async def _run_alone(device: BlockDevice, bio: Bio, doing: str, traced: int) -> None:
+    """Run a bio without data, as a request of its own in the trace if it is part of none. Raises its error."""
+    own = 0
+    if trace.active is not None and not traced:
+        own = traced = trace.begin(None, "device", bio.op, bio.addr, bio.length, bio.flags)
+    try:
+        await run(device, bio, traced)
+        if bio.error:
+            raise from_errno(bio.error, doing)
+    except BaseException as error:
+        trace.end(own, 0, error)
+        raise
+    if own:
+        trace.end(own, bio.length, outcome="direct")
 
 
 class _Tracker:
@@ -148,6 +184,7 @@ class _Tracker:
         self._moved = Event()
         self._refused: Refused | None = None
         self._refusing = False
+        self._traced = 0
 
     async def run(
         self,
@@ -159,9 +196,10 @@ class _Tracker:
         flags: int,
         ordered: bool,
         refused: Refused | None,
+        traced: int,
     ) -> int:
         """Build the bios, keep the device's queue full but bounded (G14), and wait for all."""
-        self._begin(device, refused)
+        self._begin(device, refused, traced)
         limits = device.limits
         depth = 1 if ordered else max(1, limits.queue_depth)
         unit = limits.read_align if op == READ else limits.write_align
@@ -176,9 +214,9 @@ class _Tracker:
             self._start(Piece(op, offset + start, parts, size, flags))
         return await self._finish()
 
-    async def adopt(self, device: BlockDevice, bio: Bio, refused: Refused | None) -> int:
+    async def adopt(self, device: BlockDevice, bio: Bio, refused: Refused | None, traced: int) -> int:
         """Go on with a bio of the simple path that did not go through whole."""
-        self._begin(device, refused)
+        self._begin(device, refused, traced)
         piece = Piece(bio.op, bio.addr, bio.segments, bio.length, bio.flags)
         self._pieces.append(piece)
         self._outstanding += 1
@@ -186,9 +224,10 @@ class _Tracker:
         self._ended(bio)
         return await self._finish()
 
-    def _begin(self, device: BlockDevice, refused: Refused | None) -> None:
+    def _begin(self, device: BlockDevice, refused: Refused | None, traced: int) -> None:
         self._device = device
         self._refused = refused
+        self._traced = traced
 
     async def _finish(self) -> int:
         await self._until_below(1)
@@ -207,6 +246,9 @@ class _Tracker:
         A cancellation counts as the request's error: it stops the building, and is raised when
         every bio has come back.
         """
+        wait = 0
+        if trace.active is not None and self._outstanding >= number:
+            wait = trace.wait(self._traced, "the rest" if number == 1 else "room")
         while self._outstanding >= number:
             self._moved = Event()
             try:
@@ -215,6 +257,8 @@ class _Tracker:
                 raise  # Thrown away: nobody will run it again.
             except BaseException as error:
                 self._fail(error)
+        if wait:
+            trace.waited(wait)
 
     def _start(self, piece: Piece) -> None:
         self._pieces.append(piece)
@@ -226,9 +270,12 @@ class _Tracker:
             raise RuntimeError("the tracker is not in use")
         bio.end = self._ended
         bio.private = piece
+        if trace.active is not None:
+            trace.sent(self._traced, bio)
         try:
             device.submit(bio)
         except Exception as error:  # A buffer that cannot be used (B08).
+            trace.not_taken(bio, error)
             piece.error = error
             self._fail(error)
             return
@@ -287,10 +334,10 @@ def split(
     return bios
 
 
-async def _finish_by_tracker(device: BlockDevice, bio: Bio, refused: Refused | None) -> int:
+async def _finish_by_tracker(device: BlockDevice, bio: Bio, refused: Refused | None, traced: int) -> int:
     tracker = _take_tracker()
     try:
-        return await tracker.adopt(device, bio, refused)
+        return await tracker.adopt(device, bio, refused, traced)
     finally:
         _give_tracker(tracker)
 
@@ -304,13 +351,14 @@ async def _one_by_one(
     flags: int,
     limits: Limits,
     refused: Refused | None,
+    traced: int,
 ) -> int:
     """NOWAIT: one bio after the other, none resumed, so that what was done is a true prefix (F08)."""
     unit = limits.read_align if op == READ else limits.write_align
     count = 0
     for start, parts, size in split(segments, length, limits, unit):
         bio = Bio(op, offset + start, parts, size, flags)
-        await run(device, bio)
+        await run(device, bio, traced)
         count += bio.done_bytes
         if bio.done_bytes == size and not bio.error:
             continue

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
+from odirect.base import trace
 from odirect.base.errors import NoSpaceError, WouldBlockError
 from odirect.base.units import align_down, align_up
 from odirect.block.bio import FUA, NOWAIT, READ, WRITE
@@ -28,7 +29,7 @@ from odirect.block.device import BlockDevice, Limits
 from odirect.dio.blockdev import Refused, transfer
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason, worst
 from odirect.dio.write_order import WriteOrder
-from odirect.sched.locks import RangeLock
+from odirect.sched.locks import Held, RangeLock
 from odirect.sched.traps import gather, this_scheduler
 
 # Two or three small I/Os take longer than one that reads a little more.
@@ -42,7 +43,7 @@ class Route(NamedTuple):
 
     twin: takes any bytes, merges parts of blocks by itself. order: needed where there is a twin;
     shared by all who write to the two. lock: needed where there is none; shared by everybody who
-    writes to the device.
+    writes to the device. traced: the request in the trace, if there is one.
     """
 
     device: BlockDevice
@@ -50,6 +51,7 @@ class Route(NamedTuple):
     twin: BlockDevice | None = None
     lock: RangeLock | None = None
     order: WriteOrder | None = None
+    traced: int = 0
 
 
 class Moved(NamedTuple):
@@ -100,10 +102,13 @@ async def read(
         try:
             if part.reason is Reason.NONE:
                 how = DIRECT_READ
+                at, traced = offset + part.start, route.traced
                 got = await transfer(
-                    route.device, READ, offset + part.start, runs, part.length, flags=flags, end=end, refused=own
+                    route.device, READ, at, runs, part.length, flags=flags, end=end, refused=own, traced=traced
                 )
             else:
+                if trace.active is not None:
+                    _tell(route, offset, part)
                 how = Outcome(Kind.BOUNCED, part.reason)
                 got = await _bounced_read(route, offset + part.start, runs, part.length, end, flags, own)
         except WouldBlockError:
@@ -156,6 +161,8 @@ async def write(
             got = await _direct_write(route, at, runs, part.length, end, flags, ordered, own)
             outcome = worst(outcome, Outcome(Kind.DIRECT, promise=promise))
         else:
+            if trace.active is not None:
+                _tell(route, offset, part)
             got = await _bounced_write(route, at, runs, part.length, end, flags, unit, ordered, own)
             outcome = worst(outcome, Outcome(Kind.BOUNCED, part.reason, promise))
         done += got
@@ -167,6 +174,12 @@ async def write(
         if got < part.length:
             break
     return Moved(done, outcome or Outcome(Kind.DIRECT, promise=promise))
+
+
+def _tell(route: Route, offset: int, part: _Part) -> None:
+    """A part that bounces, for the trace."""
+    where = {"offset": offset + part.start, "length": part.length}
+    trace.emit(route.traced, "bounce", reason=part.reason.value, **where)
 
 
 def _without_waiting(parts: list[_Part], offset: int) -> list[_Part]:
@@ -215,7 +228,7 @@ async def _bounced_read(
     flags: int,
     refused: Refused | None,
 ) -> int:
-    unit = route.device.limits.read_align
+    unit, traced = route.device.limits.read_align, route.traced
     chunks = _chunks(offset, offset + length, route.pool.chunk_bytes, unit)
     got = [0] * len(chunks)
 
@@ -223,11 +236,18 @@ async def _bounced_read(
         start, stop = chunks[number]
         first, last = align_down(start, unit), align_up(stop, unit)
         own = None if refused is None else Refused()
-        with await route.pool.take() as lease:
+        lease = route.pool.try_take() if flags & NOWAIT else None
+        if lease is None:
+            if flags & NOWAIT:
+                if not number:
+                    raise WouldBlockError(f"reading at {start} without waiting: all private buffers are in use")
+                return False  # What was read before counts (F08).
+            lease = await trace.waiting(route.pool.take(), route.traced, "buffer")
+        with lease:
             view = lease.view[: last - first]
             try:
                 count = await transfer(
-                    route.device, READ, first, [view], last - first, flags=flags, end=end, refused=own
+                    route.device, READ, first, [view], last - first, flags=flags, end=end, refused=own, traced=traced
                 )
             except WouldBlockError:
                 if not number:
@@ -265,7 +285,7 @@ async def _bounced_write(
     async def one(number: int) -> bool:
         start, stop = untried.pop(number)
         own = None if refused is None else Refused()
-        with await route.pool.take() as lease:
+        with await trace.waiting(route.pool.take(), route.traced, "buffer") as lease:
             copy = _copy(lease.view, slice_segments(segments, start - offset, stop - start), start, stop, unit)
             got[number] = await _copied_write(route, start, copy, end, flags, unit, own)
         if own:
@@ -328,32 +348,52 @@ async def _direct_write(
     ordered: bool,
     refused: Refused | None,
 ) -> int:
-    if route.order is not None:
-        held = await route.order.direct(offset, length)
+    lock = route.lock if route.lock is not None else RangeLock()
+    held: Held | None
+    if flags & NOWAIT:
+        if route.order is not None:
+            held = route.order.try_direct(offset, length)
+        else:
+            held = lock.try_hold(offset, length, shared=True)
+        if held is None:
+            raise WouldBlockError(f"writing at {offset} without waiting: a part of a block there is being merged")
+    elif route.order is not None:
+        held = await trace.waiting(route.order.direct(offset, length), route.traced, "lock")
     else:
-        lock = route.lock if route.lock is not None else RangeLock()
-        held = await lock.hold(offset, length, shared=True)
+        held = await trace.waiting(lock.hold(offset, length, shared=True), route.traced, "lock")
     with held:
         return await transfer(
-            route.device, WRITE, offset, runs, length, flags=flags, end=end, ordered=ordered, refused=refused
+            route.device,
+            WRITE,
+            offset,
+            runs,
+            length,
+            flags=flags,
+            end=end,
+            ordered=ordered,
+            refused=refused,
+            traced=route.traced,
         )
 
 
 async def _merge(route: Route, offset: int, view: memoryview, end: int, flags: int, unit: int) -> int:
     """Write a part of one block, leaving the rest of the block as it is; the bytes written."""
+    size, traced = len(view), route.traced
     if route.twin is not None:
         order = route.order if route.order is not None else WriteOrder()
-        with await order.merge(offset, len(view)):
-            return await transfer(route.twin, WRITE, offset, [view], len(view), flags=flags, end=end, ordered=True)
+        with await trace.waiting(order.merge(offset, size), traced, "lock"):
+            return await transfer(
+                route.twin, WRITE, offset, [view], size, flags=flags, end=end, ordered=True, traced=traced
+            )
     start = align_down(offset, unit)
     lock = route.lock if route.lock is not None else RangeLock()
-    with await lock.hold(start, unit):
+    with await trace.waiting(lock.hold(start, unit), traced, "lock"):
         # Not from the pool: the caller may hold one of its buffers, and must not wait for another.
         block = empty(unit)
-        await transfer(route.device, READ, start, [block], unit)
-        block[offset - start : offset - start + len(view)] = view
-        moved = await transfer(route.device, WRITE, start, [block], unit, flags=flags, end=end)
-    return max(0, min(len(view), start + moved - offset))
+        await transfer(route.device, READ, start, [block], unit, traced=traced)
+        block[offset - start : offset - start + size] = view
+        moved = await transfer(route.device, WRITE, start, [block], unit, flags=flags, end=end, traced=traced)
+    return max(0, min(size, start + moved - offset))
 
 
 async def _in_turn(one: Callable[[int], Coroutine[Any, Any, bool]], number: int, workers: int) -> None:

@@ -13,9 +13,10 @@ on runs: its cost grows with extents and bios, not with bytes.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, cast
 
+from odirect.base import trace
 from odirect.base.errors import AlignmentError, BadBufferError, DeviceError, ODirectError
 from odirect.base.units import align_down, align_up
 from odirect.block.bio import READ, WRITE, Bio
@@ -23,8 +24,19 @@ from odirect.block.buffers import empty, scatter_bytes, segments_aligned, slice_
 from odirect.block.device import BlockDevice, Limits
 from odirect.dio import zeroing
 from odirect.dio.completion import DeferredQueue
-from odirect.dio.mapping import BOUNDARY, DEFER_COMPLETION, NEW, BioHook, Extent, ExtentKind, Fallback, Mapper
-from odirect.dio.outcome import Reason
+from odirect.dio.mapping import (
+    BOUNDARY,
+    DEFER_COMPLETION,
+    DIRTY,
+    NEW,
+    SHARED,
+    BioHook,
+    Extent,
+    ExtentKind,
+    Fallback,
+    Mapper,
+)
+from odirect.dio.outcome import Kind, Reason
 from odirect.dio.piece import Piece
 from odirect.ring._calls import zero_fill
 from odirect.sched.locks import Count, Held, Mutex
@@ -46,6 +58,8 @@ _STOPS_WRITES = {
     ExtentKind.INLINE: Reason.INLINE,
     ExtentKind.ENCODED: Reason.ENCODED,
 }
+# How a trace calls the flags of an extent.
+_FLAGS = {NEW: "new", SHARED: "shared", BOUNDARY: "boundary", DEFER_COMPLETION: "defer completion", DIRTY: "dirty"}
 
 
 class DioFlags(enum.IntFlag):
@@ -170,15 +184,22 @@ async def direct_io(request: DirectRequest, inode: Inode, mapper: Mapper, flags:
     if not request.length:
         request.done.fire()
         return
-    unit = _unit(request, inode)
+    if trace.active is not None:
+        trace.begin(request, "engine", request.op, request.offset, request.length, DioFlags(flags).name or "")
     held: Held | None = None
-    if flags & DioFlags.LOCKING and request.op == READ:
-        held = await inode.lock.hold()
-        try:
-            await inode.write_back(request.offset, request.length)
-        except BaseException:
+    try:
+        unit = _unit(request, inode)
+        if flags & DioFlags.LOCKING and request.op == READ:
+            locking = inode.lock.hold()
+            held = await (locking if trace.active is None else trace.waiting(locking, request, "lock"))
+            writing = inode.write_back(request.offset, request.length)
+            await (writing if trace.active is None else trace.waiting(writing, request, "write back"))
+    except BaseException as error:
+        if held is not None:
             held.release()
-            raise
+        if trace.active is not None:
+            trace.end(request, 0, error)
+        raise
     try:
         work = _Work(request, inode, mapper, flags, unit)
         await work.build()
@@ -200,6 +221,22 @@ def _unit(request: DirectRequest, inode: Inode) -> int:
         f"direct I/O of {request.length} bytes at {request.offset}: offset and every length must be multiples "
         f"of {finer}, and every buffer's address of {limits.memory_align}"
     )
+
+
+def _outcome(request: DirectRequest) -> str:
+    """Which way a request went, for the trace."""
+    went = f"{Kind.BOUNCED} ({request.bounced})" if request.bounced else str(Kind.DIRECT)
+    return went if request.fallback is None else f"{went}, up to: {request.fallback}"
+
+
+async def _traced_mapping(asked: Awaitable[Extent | Fallback], request: DirectRequest) -> Extent | Fallback:
+    """The mapper's answer, with the wait for it and what it says in the trace."""
+    answer = await trace.waiting(asked, request, "mapping")
+    if isinstance(answer, Extent):
+        flags = " ".join(name for flag, name in _FLAGS.items() if answer.flags & flag)
+        where = {"offset": answer.offset, "length": answer.length, "addr": answer.addr}
+        trace.emit(request, "extent", extent=answer.kind.name.lower(), **where, flags=flags)
+    return answer
 
 
 class _Run:
@@ -258,6 +295,7 @@ class _Work:
         self.asynchronous = request.asynchronous and not extends
         self.defer = self.writes and request.sync
         self.hook = cast("BioHook | None", mapper if hasattr(mapper, "submit") else None)
+        self.failed: Callable[[DirectRequest], None] | None = getattr(mapper, "failed", None)
         self.position = request.offset
         self.private: object = None
         self.run: _Run | None = None
@@ -287,7 +325,7 @@ class _Work:
             while self.position < end and self._going():
                 answer = await self._map(end - self.position)
                 if isinstance(answer, Fallback):
-                    request.fallback = answer.reason
+                    self._stop(answer.reason)
                     break
                 if not await self._take(answer, end):
                     break
@@ -307,12 +345,19 @@ class _Work:
 
     async def _map(self, left: int) -> Extent | Fallback:
         """The mapper's answer for what comes next, checked: a wrong one must not become wrong data (G07)."""
-        answer = await self.mapper.get_blocks(self.request, self.position, left, self._creates())
+        asked = self.mapper.get_blocks(self.request, self.position, left, self._creates())
+        answer = await (asked if trace.active is None else _traced_mapping(asked, self.request))
         if isinstance(answer, Extent) and not (
             answer.length > 0 and answer.offset <= self.position < answer.offset + answer.length
         ):
             raise RuntimeError(f"the mapper was asked for byte {self.position} and answered {answer}")
         return answer
+
+    def _stop(self, reason: Reason) -> None:
+        """What comes next cannot go direct (G08)."""
+        self.request.fallback = reason
+        if trace.active is not None:
+            trace.emit(self.request, "fallback", reason=reason.value, offset=self.position)
 
     def _creates(self) -> bool:
         """Whether missing blocks may be allocated here (G07)."""
@@ -330,7 +375,7 @@ class _Work:
             self.defer = True
         reason = (_STOPS_WRITES if self.writes else _STOPS_READS).get(extent.kind)
         if reason is not None:
-            self.request.fallback = reason
+            self._stop(reason)
             return False
         if not self.writes and extent.kind in _READS_ZEROES:
             return self._read_zeroes(stop)
@@ -457,6 +502,8 @@ class _Work:
     def _submit(self, piece: _Sent, bio: Bio) -> None:
         bio.private = piece
         bio.end = self._ended
+        if trace.active is not None:
+            trace.sent(self.request, bio)
         self.outstanding += 1
         try:
             if self.hook is not None:
@@ -464,6 +511,7 @@ class _Work:
             else:
                 piece.device.submit(bio)
         except BaseException as error:
+            trace.not_taken(bio, error)
             self.outstanding -= 1
             if isinstance(error, (TypeError, ValueError, BufferError)) and not isinstance(error, ODirectError):
                 # The buffer cannot be used; whoever refused it has queued nothing.
@@ -508,6 +556,9 @@ class _Work:
 
     async def _until_below(self, number: int) -> None:
         """Wait until fewer than `number` bios are in flight; a cancellation is kept for later (G20)."""
+        wait = 0
+        if trace.active is not None and self.outstanding >= number:
+            wait = trace.wait(self.request, "the rest" if number == 1 else "room")
         while self.outstanding >= number:
             self.changed = Event()
             try:
@@ -518,6 +569,8 @@ class _Work:
                 if self.build_error is None:
                     self.build_error = error
                 self.device_error = self.device_error or error
+        if wait:
+            trace.waited(wait)
 
     async def wait_or_leave(self) -> None:
         """Leave the request in flight where that is allowed, else wait for all of it (G18)."""
@@ -526,6 +579,8 @@ class _Work:
         may_stay = not self.writes or (self.position == self.end and not self.padded)
         if self.asynchronous and may_stay and self.outstanding and self.build_error is None and self._going():
             self.left = True
+            if trace.active is not None:
+                trace.emit(request, "left", bios=self.outstanding)
             return
         await self._until_below(1)
         self._complete()
@@ -550,6 +605,8 @@ class _Work:
             except BaseException as raised:  # There is nobody to raise it to but the caller.
                 error = raised
         if queue is not None:
+            if trace.active is not None:
+                trace.emit(self.request, "deferred", transferred=transferred)
             queue.put(self._complete_later(transferred))
         else:
             self._tell(transferred, error)
@@ -569,20 +626,27 @@ class _Work:
         try:
             self._end_io(transferred)
             if request.sync:
-                await self.inode.sync_written(request.offset, transferred, data_only=request.data_only)
+                syncing = self.inode.sync_written(request.offset, transferred, data_only=request.data_only)
+                await (syncing if trace.active is None else trace.waiting(syncing, request, "sync"))
         except BaseException as raised:
             error = raised
         self._finish(transferred, error)
 
     def _tell(self, transferred: int, error: BaseException | None) -> None:
-        if transferred:
-            try:
+        try:
+            if transferred:
                 self._end_io(transferred)
-            except BaseException as raised:  # Told to the caller, not to whoever dispatches.
-                error = raised
+            elif self.failed is not None:
+                if trace.active is not None:
+                    trace.emit(self.request, "failed")
+                self.failed(self.request)
+        except BaseException as raised:  # Told to the caller, not to whoever dispatches.
+            error = error or raised
         self._finish(transferred, error)
 
     def _end_io(self, transferred: int) -> None:
+        if trace.active is not None:
+            trace.emit(self.request, "end_io", transferred=transferred)
         self.mapper.end_io(self.request, self.request.offset, transferred, self.private)
 
     def _finish(self, transferred: int, error: BaseException | None) -> None:
@@ -590,4 +654,6 @@ class _Work:
             self.inode.in_flight.down()
         self.request.transferred = 0 if error is not None else transferred
         self.request.error = error
+        if trace.active is not None:
+            trace.end(self.request, self.request.transferred, error, _outcome(self.request))
         self.request.done.fire()

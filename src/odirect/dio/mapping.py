@@ -64,8 +64,8 @@ class Mapper(Protocol):
     """The file system's side of direct I/O, for one file.
 
     `get_blocks` may suspend, to read metadata or take range locks; `end_io` may not. A mapper may
-    have a method `submit(bio, file_offset)` too: it then gets every bio, with the file's byte that
-    the bio's first byte belongs to, instead of the device (G19).
+    have more: `submit` of `BioHook` gets every bio, with the file's byte that the bio's first byte
+    belongs to, instead of the device (G19); `failed` of `FailureHook` is called where `end_io` is not.
     """
 
     async def get_blocks(self, request: DirectRequest, offset: int, length: int, create: bool) -> Extent | Fallback:
@@ -82,8 +82,19 @@ class Mapper(Protocol):
         ...
 
 
+class FailureHook(Protocol):
+    """An optional part of a mapper."""
+
+    def failed(self, request: DirectRequest) -> None:
+        """All bios have ended and nothing counts as transferred: called once, instead of `end_io`.
+
+        What was locked, reserved or allocated for the request is given back here (G20).
+        """
+        ...
+
+
 class BioHook(Protocol):
-    """The optional part of a mapper."""
+    """An optional part of a mapper."""
 
     def submit(self, bio: Bio, file_offset: int) -> None:
         """Send `bio`, whose first byte is the file's byte `file_offset`, wherever it belongs."""

@@ -39,6 +39,7 @@ class Reason(enum.StrEnum):
     HOLE = "hole"
     ENCODED = "encoded"
     INLINE = "inline"
+    NO_SPACE = "no space"
 
 
 class Promise(enum.StrEnum):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
+from odirect.base import trace
 from odirect.base.errors import (
     AtomicLimitError,
     DeviceError,
@@ -103,44 +105,77 @@ class PlainFile:
             raise RuntimeError("a file needs a device")
         return device.size_bytes
 
-    async def read(self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0) -> Moved:
-        """Read up to `length` bytes at `offset`, none past the end (F02)."""
+    async def read(
+        self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0, traced: int = 0
+    ) -> Moved:
+        """Read up to `length` bytes at `offset`, none past the end (F02).
+
+        traced: the request in the trace that this is a part of; 0: it is one itself.
+        """
+        if trace.active is not None and not traced:
+            return await self._traced(self.read, READ, offset, segments, length, flags)
         self._check_strict(READ, offset, segments, length)
         while True:
             direct = self._device_for(READ)
             end = self.size_bytes
             if direct is None:
-                return await self._through_cache(READ, offset, segments, length, flags, end)
-            route = Route(direct, self._pool, self._cached, order=self.order)
+                return await self._through_cache(READ, offset, segments, length, flags, end, traced)
+            route = Route(direct, self._pool, self._cached, None, self.order, traced)
             refused = Refused()
             moved = await bounce.read(route, offset, segments, length, end=end, flags=flags, refused=refused)
             if not refused:
                 return self._honest(READ, moved)
-            self._tighten(READ, direct.limits)
+            self._tighten(READ, direct.limits, traced=traced)
             self._check_strict(READ, offset, segments, length)
             # Reading again what was read already does no harm.
 
-    async def write(self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0) -> Moved:
-        """Write `length` bytes at `offset`; a block device that ends before takes fewer (B09)."""
+    async def write(
+        self, offset: int, segments: Sequence[memoryview], length: int, flags: int = 0, traced: int = 0
+    ) -> Moved:
+        """Write `length` bytes at `offset`; a block device that ends before takes fewer (B09).
+
+        traced: as in `read`.
+        """
+        if trace.active is not None and not traced:
+            return await self._traced(self.write, WRITE, offset, segments, length, flags)
         if flags & FUA:
             self.state.check_sync()
         if flags & ATOMIC:
-            return await self._write_atomic(offset, segments, length, flags)
+            return await self._write_atomic(offset, segments, length, flags, traced)
         self._check_strict(WRITE, offset, segments, length)
         try:
             if self.state.is_block:
-                return await self._write(offset, segments, length, flags, self.size_bytes, ordered=False)
+                return await self._write(offset, segments, length, flags, self.size_bytes, ordered=False, traced=traced)
             if offset + length > NO_END:
                 raise NoSpaceError(f"writing {length} bytes at {offset}: past the largest file size", errno=errno.EFBIG)
             if offset + length <= self.size_bytes:
-                return await self._write(offset, segments, length, flags, NO_END, ordered=False)
+                return await self._write(offset, segments, length, flags, NO_END, ordered=False, traced=traced)
             # The size must not be seen before the data below it is there (F03).
-            with await self._growing.hold():
-                return await self._write(offset, segments, length, flags, NO_END, ordered=True)
+            with await trace.waiting(self._growing.hold(), traced, "lock"):
+                return await self._write(offset, segments, length, flags, NO_END, ordered=True, traced=traced)
         except DeviceError as error:
             if flags & FUA:
                 self.state.remember_failed_sync(error)
             raise
+
+    async def _traced(
+        self,
+        call: Callable[..., Coroutine[Any, Any, Moved]],
+        op: int,
+        offset: int,
+        segments: Sequence[memoryview],
+        length: int,
+        flags: int,
+    ) -> Moved:
+        """`read` or `write` as a request of the trace."""
+        traced = trace.begin(None, "file", op, offset, length, flags, file=trace.name_of(self.state.path))
+        try:
+            moved = await call(offset, segments, length, flags, traced)
+        except BaseException as error:
+            trace.end(traced, 0, error)
+            raise
+        trace.end(traced, moved.transferred, outcome=str(moved.outcome))
+        return moved
 
     async def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable. After a failure every later call fails too (F41)."""
@@ -189,12 +224,20 @@ class PlainFile:
         )
 
     async def _write(
-        self, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int, *, ordered: bool
+        self,
+        offset: int,
+        segments: Sequence[memoryview],
+        length: int,
+        flags: int,
+        end: int,
+        *,
+        ordered: bool,
+        traced: int,
     ) -> Moved:
         direct = self._device_for(WRITE)
         if direct is None:
-            return await self._through_cache(WRITE, offset, segments, length, flags, end)
-        route = Route(direct, self._pool, self._cached, order=self.order)
+            return await self._through_cache(WRITE, offset, segments, length, flags, end, traced)
+        route = Route(direct, self._pool, self._cached, None, self.order, traced)
         refused = Refused()
         moved = await bounce.write(
             route, offset, segments, length, end=end, flags=flags, ordered=ordered, refused=refused
@@ -203,7 +246,7 @@ class PlainFile:
             return self._honest(WRITE, moved)
         # What went through stays; each run that was refused is written in the next best way (F07).
         runs = _joined(refused)
-        again = self._tighten(WRITE, direct.limits, [(offset + start, size) for start, size in runs])
+        again = self._tighten(WRITE, direct.limits, [(offset + start, size) for start, size in runs], traced=traced)
         if self.strict and not again:
             raise self._not_direct(WRITE, Reason.REFUSED)
         self._check_strict(WRITE, offset, segments, length)
@@ -212,34 +255,40 @@ class PlainFile:
         for start, size in runs:
             parts = slice_segments(segments, start, size)
             if again:
-                rest = await self._write(offset + start, parts, size, flags, end, ordered=ordered)
+                rest = await self._write(offset + start, parts, size, flags, end, ordered=ordered, traced=traced)
             else:
-                rest = await self._through_cache(WRITE, offset + start, parts, size, flags, end)
+                rest = await self._through_cache(WRITE, offset + start, parts, size, flags, end, traced)
             outcome = worst(outcome, rest.outcome)
             total += rest.transferred
             if rest.transferred < size:
                 return Moved(start + rest.transferred, outcome)
         return Moved(total, outcome or moved.outcome)
 
-    async def _write_atomic(self, offset: int, segments: Sequence[memoryview], length: int, flags: int) -> Moved:
+    async def _write_atomic(
+        self, offset: int, segments: Sequence[memoryview], length: int, flags: int, traced: int
+    ) -> Moved:
         """An atomic write goes direct as one bio or not at all: nothing else keeps the promise (F43)."""
         direct = self._device_for(WRITE)
         if direct is None:
             raise AtomicLimitError("an atomic write cannot go through the page cache", path=self.state.path)
         end = self.size_bytes if self.state.is_block else NO_END
-        with await self.order.direct(offset, length):
-            count = await blockdev.transfer(direct, WRITE, offset, segments, length, flags=flags, end=end)
+        with await trace.waiting(self.order.direct(offset, length), traced, "lock"):
+            count = await blockdev.transfer(
+                direct, WRITE, offset, segments, length, flags=flags, end=end, traced=traced
+            )
         promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
         return Moved(count, Outcome(Kind.DIRECT, promise=promise))
 
     async def _through_cache(
-        self, op: int, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int
+        self, op: int, offset: int, segments: Sequence[memoryview], length: int, flags: int, end: int, traced: int
     ) -> Moved:
         if self._cached is None:
             raise NotDirectError(
                 "direct I/O is refused, and there is no page cache to go through", path=self.state.path
             )
         reason = self.state.refused.get(op, Reason.REFUSED)
+        if trace.active is not None:
+            trace.emit(traced, "fallback", reason=reason.value, offset=offset)
         if op == READ:
             length = max(0, min(length, end - offset))
             segments = slice_segments(segments, 0, length)
@@ -248,12 +297,12 @@ class PlainFile:
         promise = Promise.NONE
         if op == READ:
             count = await blockdev.transfer(
-                self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
+                self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True, traced=traced
             )
         else:
-            with await self.order.merge(offset, length):
+            with await trace.waiting(self.order.merge(offset, length), traced, "lock"):
                 count = await blockdev.transfer(
-                    self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True
+                    self._cached, op, offset, segments, length, flags=flags, end=end, ordered=True, traced=traced
                 )
             promise = Promise.DURABLE if flags & FUA else Promise.DEVICE
         return Moved(count, Outcome(Kind.BUFFERED, reason, promise))
@@ -265,12 +314,14 @@ class PlainFile:
             return moved
         return Moved(moved.transferred, Outcome(Kind.BUFFERED, reason, moved.outcome.promise))
 
-    def _tighten(self, op: int, old: Limits, runs: Sequence[tuple[int, int]] = ()) -> bool:
+    def _tighten(self, op: int, old: Limits, runs: Sequence[tuple[int, int]] = (), *, traced: int = 0) -> bool:
         """After a refusal under `old`: ask for the limits again, try coarser units, or give direct I/O up (F50).
 
         runs: what was refused of a write. False: no run holds a whole block of the coarser units, so
         that trying again would say nothing about them, and the limits stay.
         """
+        if trace.active is not None:
+            trace.emit(traced, "refused", unit=old.read_align if op == READ else old.write_align)
         if self.state.limits is not old or op in self.state.refused:
             return True  # Another request was refused under the same limits, and has done it.
         new = self._ask_again() if self._ask_again is not None else old

@@ -7,6 +7,7 @@ goes through `dio.plainfile`.
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable
 
@@ -107,6 +108,7 @@ class Requests:
         self.expected = expected
         # Counted from 0 where a burst is handed over in parts; from past that number it never comes to it.
         self._unsent = _HAND_OVER + 1
+        self._on_uring = False
         self.notify = notify
         #: Requests that are not done, and those of them that are tasks.
         self.pending = 0
@@ -123,9 +125,12 @@ class Requests:
         self._simple = DirectHandle(device.fd if simple and device is not None else -1, 1, 1, 1)
         self._limits: Limits | None = None
         if device is not None:
+            self._gather = device.queue.gather
             self._queue = device.queue.ring.queue
+            self._holds = device.queue.ring.holds
             # A ring on threads may do the work in `commit`, and a request must return at once.
-            if device.queue.ring.kind == "io_uring":
+            self._on_uring = device.queue.ring.kind == "io_uring"
+            if self._on_uring:
                 self._unsent = 0
                 self._commit = device.queue.ring.commit
             self._handle = device.handle
@@ -139,20 +144,65 @@ class Requests:
         Raises ValueError for a negative offset or a buffer that cannot be used, TypeError for what
         is no buffer; nothing is started then.
         """
+        request = self.start_now(op, offset, buffer, tag)
+        return request if request is not None else self.start_task(op, offset, buffer, tag)
+
+    def start_now(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
+        """Start a transfer that is simple; None, with nothing done, if it is not.
+
+        When a signal's handler raises in here, the transfer is counted if it was begun, and not otherwise.
+        """
         length = self._simple.fits(op, buffer, offset)
-        if length > 0 and self._limits is self._state.limits and (op == READ or self._can_write_now()):
-            request = Request(self, op, offset, length, buffer, tag)
+        if length <= 0 or self._limits is not self._state.limits or not (op == READ or self._can_write_now()):
+            return None
+        request = Request(self, op, offset, length, buffer, tag)
+        # No call from here until the ring has it: no handler can come in between.
+        self.pending += 1
+        if op == WRITE:
+            self.order.quick.value += 1
+        try:
             self._queue(op, self._handle, (buffer,), offset, length, self._rwf[op], request)
-            self.pending += 1
-            if op == WRITE:
-                self.order.quick.up()
-            self._unsent += 1
-            if self._unsent == _HAND_OVER:
-                # The device begins while the caller goes on, instead of waiting for the last of a burst.
-                self._unsent = 0
-                self._commit()
-            return request
-        return self._start_general(op, offset, buffer, tag)
+        except BaseException:
+            if not self._holds(request):
+                self.pending -= 1
+                if op == WRITE:
+                    self.order.quick.down()
+            raise
+        self._unsent += 1
+        if self._unsent == _HAND_OVER:
+            # The device begins while the caller goes on, instead of waiting for the last of a burst.
+            self._unsent = 0
+            self._commit()
+        return request
+
+    def collect(self, finished: collections.deque[Request]) -> bool:
+        """Wait for what was started without a task, and put it on `finished`; False if that takes the scheduler.
+
+        For who has the ring for himself, in place of polling and dispatching. `notify` is told of nothing here;
+        a handler's exception loses nothing.
+        """
+        # A ring on threads has locks written in Python, where a handler's exception leaves one locked.
+        if self.tasks or not self._on_uring:
+            return False
+        answers = self._gather()
+        if answers is None:
+            return False
+        pending = self.pending
+        while answers:
+            request, result = answers[0]
+            if type(request) is not Request or result != request.length:
+                return self.pending < pending
+            # No call from here on: no handler can come in between.
+            del answers[0]
+            request.transferred = result
+            request.outcome = self.expected[request.op]
+            request.exception = None
+            self.pending -= 1
+            if request.op:
+                # Nobody waits for it to become zero: that would be a task.
+                self.order.quick.value -= 1
+            finished += (request,)
+        return True
 
     def go_on(self, request: Request, result: int) -> None:
         """Finish, or fail, a request that the kernel did not do whole."""
@@ -183,15 +233,17 @@ class Requests:
             and (state.failed_sync is None or not self._flags[WRITE] & FUA)
         )
 
-    def _start_general(self, op: int, offset: int, buffer: object, tag: object) -> Request:
+    def start_task(self, op: int, offset: int, buffer: object, tag: object) -> Request:
+        """Start what `start_now` did not. Raises what `start` does; must not be left by a handler's exception."""
         limits = self._state.limits
         size = file_bytes(self._size_fd)
         if size != self._simple.size_hint or limits is not self._limits:
             # The file has grown, or turned out to be choosier; now it may be simple after all.
             self._simple.size_hint = size
             self._adopt(limits)
-            if self._simple.fits(op, buffer, offset) > 0:
-                return self.start(op, offset, buffer, tag)
+            request = self.start_now(op, offset, buffer, tag)
+            if request is not None:
+                return request
         offset = operator.index(offset)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar, cast
 
+from odirect.base.errors import WouldBlockError
 from odirect.base.units import align_down, align_up
 from odirect.sched.locks import Count, Held, RangeLock
 
@@ -47,6 +48,11 @@ class WriteOrder:
         """The range, held against merges; direct writes don't exclude each other."""
         start, size = _blocks(offset, length)
         return await self._ranges.hold(start, size, shared=True)
+
+    def try_direct(self, offset: int, length: int) -> Held | None:
+        """The range, held against merges, or None if that would have to wait."""
+        start, size = _blocks(offset, length)
+        return self._ranges.try_hold(start, size, shared=True)
 
     async def merge(self, offset: int, length: int) -> Merge:
         """The range, held against direct writes."""
@@ -127,12 +133,14 @@ class WriteGate:
         self._merges = threading.Lock()
         self._closed = False
 
-    def direct(self, call: Callable[[], T]) -> T:
-        """What `call` returns; nobody merges meanwhile."""
+    def direct(self, call: Callable[[], T], *, wait: bool = True) -> T:
+        """What `call` returns; nobody merges meanwhile. Raises WouldBlockError if it may not wait for that."""
         while True:
             done = self._direct.run(lambda: _Shut if self._closed else call())
             if done is not _Shut:
                 return cast(T, done)
+            if not wait:
+                raise WouldBlockError("writing without waiting: another thread merges a part of a block")
             with self._merges:
                 pass
 

@@ -60,6 +60,7 @@ cdef extern from "kernel_calls.h" nogil:
     int od_watch_forks()
     Py_ssize_t od_pread(int fd, void *memory, size_t bytes, int64_t offset, int flags)
     Py_ssize_t od_pwrite(int fd, void *memory, size_t bytes, int64_t offset, int flags)
+    bint od_ends_before(int fd, int64_t end)
     int od_statx_call(int fd, const char *path, int flags, od_statx *result)
     int od_cachestat_call(int fd, uint64_t offset, uint64_t bytes, od_cachestat *result)
     int od_sync_file_range(int fd, int64_t offset, int64_t bytes, unsigned flags)
@@ -76,6 +77,7 @@ cdef enum:
     LONGEST = 0x7FFFF000
 
 cdef object _not_simple = NOT_SIMPLE
+cdef int64_t LONG_WAY = NOT_SIMPLE
 
 if od_watch_forks():
     raise MemoryError("pthread_atfork")
@@ -205,7 +207,7 @@ cdef class DirectHandle:
         """Bytes read into all of `buffer` from `offset`, or a negative errno, or NOT_SIMPLE with nothing done.
 
         `flags` are RWF_*. Simple is: a writable contiguous buffer of at least one byte, aligned, that
-        ends before `size_hint`. The count may be short. Raises what a signal's handler raises.
+        ends before `size_hint`, and before the end of the file as it is now. The count may be short. Raises what a signal's handler raises.
         Source: preadv2(2).
         """
         cdef Py_buffer view
@@ -237,7 +239,12 @@ cdef class DirectHandle:
             return _not_simple
         while True:
             with nogil:
-                done = od_pread(self.fd, view.buf, view.len, place, flags)
+                # Somebody else may have cut the file since `size_hint` was found; the kernel would then set the
+                # rest of the last block in memory to zero (F02).
+                if od_ends_before(self.fd, place + view.len):
+                    done = LONG_WAY
+                else:
+                    done = od_pread(self.fd, view.buf, view.len, place, flags)
             if done != -EINTR:
                 break
             try:

@@ -72,6 +72,7 @@ cdef extern from "kernel_uring.h" nogil:
     enum:
         ECANCELED
         ETIME
+        OD_OP_NOP
         OD_OP_READV
         OD_OP_WRITEV
         OD_OP_FSYNC
@@ -217,6 +218,8 @@ cdef class UringRing:
     cdef bint deferred
     cdef bint has_files
     cdef bint has_buffers
+    cdef bint waking
+    cdef bint woken
     cdef uint32_t room
     cdef uint32_t in_kernel
     cdef Py_ssize_t live
@@ -327,6 +330,11 @@ cdef class UringRing:
     def in_flight(self):
         """Operations queued or submitted whose tag `reap` has not yet returned."""
         return self.live + (0 if self.answers is None else len(self.answers))
+
+    @property
+    def interruptible(self):
+        """Whether this thread is inside `reap`, where an exception of a signal's handler loses nothing."""
+        return self.reaping != 0 and self.reaping == PyThread_get_thread_ident()
 
     # -- registered files and buffers ------------------------------------------------------------
 
@@ -635,31 +643,78 @@ cdef class UringRing:
                 raise self._enter_error(result)
             PyErr_CheckSignals()
 
-    def reap(self, int64_t timeout_ns):
+    def holds(self, tag):
+        """Whether an operation with this very tag was queued and not yet reaped. Slow: it looks at all of them."""
+        if self.answers is not None:
+            for each, _ in self.answers:
+                if each is tag:
+                    return True
+        for each in self.tags:
+            if each is tag:
+                return True
+        return False
+
+    def wake(self):
+        """Make the `reap` that is under way in another thread, or else the next one, return soon.
+
+        It may return nothing then. An operation that does nothing is put on the ring for it.
+        """
+        cdef od_sqe *sqe
+        cdef int result
+        self._check()
+        if self.waking or self.ring.tail - od_load(self.ring.sq_head) > self.ring.sq_mask:
+            return  # One is on its way, or so much is that something will come back.
+        sqe = &self.ring.sqes[self.ring.tail & self.ring.sq_mask]
+        sqe.opcode = OD_OP_NOP
+        sqe.flags = 0
+        sqe.fd = -1
+        sqe.off = sqe.addr = sqe.user_data = 0
+        sqe.len = sqe.op_flags = sqe.buf_index = 0
+        self.waking = True
+        self.in_kernel += 1
+        self.ring.tail += 1
+        od_store(self.ring.sq_tail, self.ring.tail)
+        while self.is_open and self._unsubmitted():
+            with nogil:
+                result = od_enter(&self.ring, self._unsubmitted(), 0, 0)
+            if result == -EAGAIN or result == -EBUSY:
+                if self.in_kernel > self._unsubmitted():
+                    return  # What is under way comes back, and so does whoever reaps it.
+                with nogil:
+                    od_nap()
+            elif result < 0 and result != -EINTR:
+                raise self._enter_error(result)
+
+    def reap(self, int64_t timeout_ns, list into=None):
         """(tag, result) of finished operations; result is a byte count or a negative errno.
 
-        Commits first what is queued. `timeout_ns` 0 looks, -1 waits for one; [] at once if nothing is
+        into: a list that they are added to, and that is returned: then a handler that raises right behind
+        this call takes nothing with it. Commits first what is queued. `timeout_ns` 0 looks, -1 waits for one; [] at once if nothing is
         in flight. Raises what a signal's handler raises, with nothing lost, and RuntimeError if
         another call is inside `reap`.
         """
         cdef list out
         self._check()
+        if into is None:
+            into = []
         if self.reaping:
             raise RuntimeError("another reap of this ring is under way")
         if self.answers is not None:
             out, self.answers = self.answers, None
             if self.event_fd >= 0 and self.live == 0:
                 od_reset_eventfd(self.event_fd)
-            return out
+            into.extend(out)
+            return into
         if self.live == 0:
             if self.event_fd >= 0:
                 od_reset_eventfd(self.event_fd)
-            return []
+            return into
         self.reaping = PyThread_get_thread_ident()
         try:
-            return self._reap(timeout_ns)
+            into.extend(self._reap(timeout_ns))
         finally:
             self.reaping = 0
+        return into
 
     cdef list _reap(self, int64_t timeout_ns):
         cdef int64_t deadline = 0, left = 0
@@ -712,11 +767,15 @@ cdef class UringRing:
                     except BaseException:
                         self._put_by(out)
                         raise
+                    self.woken = False
                     return out
             # Nothing came: a signal, the time is up, or somebody else's wake-up.
             PyErr_CheckSignals()
             if not self.is_open:
                 raise ClosedError("the ring was closed while it was waited on")
+            if self.woken:
+                self.woken = False
+                return []
             if timeout_ns == 0 or self.live == 0:
                 return []
             if timeout_ns > 0:
@@ -740,7 +799,10 @@ cdef class UringRing:
                 cqe = &self.ring.cqes[head & self.ring.cq_mask]
                 slot = <Slot *><uintptr_t>cqe.user_data
                 res = cqe.res
-                if res == -ECANCELED or res == -EINTR:
+                if slot == NULL:
+                    self.waking = False
+                    self.woken = True
+                elif res == -ECANCELED or res == -EINTR:
                     # Nobody here cancels: the thread that submitted it has ended before the kernel
                     # began (or did any of) it. So it is done again.
                     self._queue_again(slot)
@@ -832,6 +894,11 @@ cdef class UringRing:
         self._check()
         if self.live or self.reaping or self.answers is not None:
             raise RuntimeError("a batch needs a ring with nothing else in flight")
+        if self.waking:
+            # Its answer would be taken for the first element's.
+            with nogil:
+                self._drain()
+            self.waking = False
         if op != READ and op != WRITE:
             raise ValueError(f"a batch reads or writes; {op} is neither")
         if depth < 1 or length < 0 or length > LONGEST or stride < 0:

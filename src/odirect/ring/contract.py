@@ -65,6 +65,11 @@ class Ring(Protocol):
         """Operations queued or submitted whose tag `reap` has not yet returned."""
         ...
 
+    @property
+    def interruptible(self) -> bool:
+        """Whether this thread waits inside `reap`, where an exception of a signal's handler loses nothing."""
+        ...
+
     def add_file(self, fd: int) -> int:
         """A handle for `fd`, to be passed to `queue`: a registered slot where the kernel has them."""
         ...
@@ -95,11 +100,23 @@ class Ring(Protocol):
         """Hand everything queued to the kernel, in one system call where that is possible."""
         ...
 
-    def reap(self, timeout_ns: int) -> list[tuple[object, int]]:
+    def reap(self, timeout_ns: int, into: list[tuple[object, int]] | None = None) -> list[tuple[object, int]]:
         """(tag, result) of finished operations; result is a byte count or a negative errno.
 
-        Commits first what is queued. 0 looks, -1 waits for one; returns [] at once if nothing is
+        into: a list that they are added to, and that is returned: then a handler that raises right behind
+        this call takes nothing with it. Commits first what is queued. 0 looks, -1 waits for one; returns [] at once if nothing is
         in flight. A signal's Python handler runs in here: its exception leaves, nothing is lost.
+        """
+        ...
+
+    def holds(self, tag: object) -> bool:
+        """Whether an operation with this very tag was queued and not yet reaped. Slow."""
+        ...
+
+    def wake(self) -> None:
+        """Make the `reap` that is under way in another thread, or else the next one, return soon.
+
+        It may return nothing then.
         """
         ...
 

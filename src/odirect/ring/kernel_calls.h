@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -61,6 +62,13 @@ struct od_cachestat {
 static unsigned od_fork_generation;
 static void od_count_fork(void) { od_fork_generation++; }
 static inline int od_watch_forks(void) { return pthread_atfork(NULL, NULL, od_count_fork); }
+
+/* Whether fd is a regular file that ends before this byte. */
+static inline int od_ends_before(int fd, int64_t end)
+{
+    struct stat64 status;
+    return fstat64(fd, &status) == 0 && S_ISREG(status.st_mode) && status.st_size < end;
+}
 
 static inline ssize_t od_pread(int fd, void *memory, size_t bytes, int64_t offset, int flags)
 {

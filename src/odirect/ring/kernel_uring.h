@@ -108,6 +108,7 @@ _Static_assert(sizeof(struct od_cqe) == 16, "a completion is 16 bytes");
 _Static_assert(sizeof(struct od_params) == 120, "struct io_uring_params is 120 bytes");
 
 enum {
+    OD_OP_NOP = 0,
     OD_OP_READV = 1,
     OD_OP_WRITEV = 2,
     OD_OP_FSYNC = 3,

@@ -75,12 +75,14 @@ class _Operation:
 class _State:
     """What the workers share with the ring. They hold this and not the ring, so that the ring can be collected."""
 
+    # For `__del__`, if a signal's handler raises before `__init__` has begun.
+    event_fd = -1
+
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waiting: collections.deque[_Operation] = collections.deque()
         self.answers: list[tuple[object, int]] = []
         self.running = 0
-        self.event_fd = -1
 
     def __del__(self) -> None:
         self.close()
@@ -145,6 +147,8 @@ class ThreadRing:
         self._left = threading.Event()  # set by the last to leave `reap` of a ring that is being closed
         self._batching = False
         self._reaping = 0  # the thread that is inside reap or transfer_batch
+        self._waiting = False
+        self._woken = False
         if self._workers or shared:
             # Only a private ring without workers never waits for somebody else.
             self._state.event_fd = _new_eventfd()
@@ -168,6 +172,14 @@ class ThreadRing:
     def in_flight(self) -> int:
         """Operations queued or submitted whose tag `reap` has not yet returned."""
         return self._given - self._taken
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether this thread waits inside `reap`, where an exception of a signal's handler loses nothing.
+
+        Not while it hands operations to the pool, whose locks are written in Python: one may stay locked.
+        """
+        return self._waiting and self._reaping == threading.get_ident()
 
     def add_file(self, fd: int) -> int:
         """`fd` itself."""
@@ -244,14 +256,16 @@ class ThreadRing:
                 pool.submit(state.work)
                 state.running += 1
 
-    def reap(self, timeout_ns: int) -> list[tuple[object, int]]:
+    def reap(self, timeout_ns: int, into: list[tuple[object, int]] | None = None) -> list[tuple[object, int]]:
         """(tag, result) of finished operations; result is a byte count or a negative errno.
 
-        Commits first what is queued. `timeout_ns` 0 looks, -1 waits for one; [] at once if nothing is
+        into: a list that they are added to, and that is returned: then a handler that raises right behind
+        this call takes nothing with it. Commits first what is queued. `timeout_ns` 0 looks, -1 waits for one; [] at once if nothing is
         in flight. Raises what a signal's handler raises, with nothing lost, and RuntimeError if
         another call is inside `reap`.
         """
         self._check()
+        out = [] if into is None else into
         if self._reaping:
             raise RuntimeError("another reap of this ring is under way")
         self._reaping = threading.get_ident()
@@ -259,13 +273,16 @@ class ThreadRing:
             self._commit()
             state = self._state
             if not state.answers and self.in_flight and timeout_ns:
+                self._waiting = True
                 self._wait(timeout_ns)
+                self._waiting = False
             state.reset()
+            self._woken = False
             answers = state.answers
             count = len(answers)
             # No call from here to the return: no handler can come in between and lose the answers.
             # Workers only ever append.
-            out = answers[:count]
+            out += answers[:count]
             del answers[:count]
             self._taken += count
         except BaseException:
@@ -274,6 +291,7 @@ class ThreadRing:
                 self._state.answered()
             raise
         finally:
+            self._waiting = False
             self._reaping = 0
             if self._closed:
                 self._state.close()
@@ -287,7 +305,7 @@ class ThreadRing:
         poll.register(state.event_fd, select.POLLIN)
         now_ns = MonotonicClock().now_ns
         deadline = now_ns() + timeout_ns
-        while not state.answers:
+        while not state.answers and not self._woken:
             left_ns = deadline - now_ns()
             if timeout_ns > 0 and left_ns <= 0:
                 return
@@ -296,6 +314,18 @@ class ThreadRing:
                 raise ClosedError("the ring was closed while it was waited on")
             if not state.answers:
                 state.reset()
+
+    def holds(self, tag: object) -> bool:
+        """Whether an operation with this very tag waits to be started, or its answer to be reaped."""
+        state = self._state
+        operations = (*self._queued, *state.waiting)
+        return any(operation.tag is tag for operation in operations) or any(each is tag for each, _ in state.answers)
+
+    def wake(self) -> None:
+        """Make the `reap` that is under way in another thread, or else the next one, return soon."""
+        self._check()
+        self._woken = True
+        self._state.answered()
 
     def wakeup_fd(self) -> int:
         """An eventfd that is readable when there may be something to reap; `reap` resets it. Closed with the ring."""

@@ -37,3 +37,8 @@ class VirtualClock:
         if now_ns < self._now_ns:
             raise ValueError(f"the clock is at {self._now_ns} ns and cannot go back to {now_ns} ns")
         self._now_ns = now_ns
+
+
+def wall_ns() -> int:
+    """CLOCK_REALTIME, in nanoseconds since 1970: what file systems stamp their inodes with."""
+    return time.time_ns()

@@ -1,0 +1,1 @@
+"""What is kept in memory of a volume: metadata blocks, and pages of files."""

@@ -1,0 +1,445 @@
+"""Trees that `odirect cp` copies from and to: of this machine, or in a volume, with the same verbs.
+
+Paths are bytes. Everything raises errors of odirect that name the path as the user would write it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from odirect.base.errors import ODirectError, from_errno
+from odirect.cli import common
+from odirect.cli.places import VolumePlace
+from odirect.cli.sessions import naming
+from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
+
+if TYPE_CHECKING:
+    from odirect.block.device import Limits
+    from odirect.dio.requests import Request
+    from odirect.volumes import Volume
+
+Access = Literal["auto", "strict"]
+
+#: In a tree, smaller files of this machine go through its page cache: to open one for direct I/O takes longer.
+SMALL_BYTES = 128 << 10
+
+_WHOLE = stat.S_IRUSR | stat.S_IWUSR
+
+
+class Bytes(Protocol):
+    """What is asked of an open file: `odirect.File`, and a file in a volume."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def totals(self) -> dict[Outcome, Tally]: ...
+    def preadinto(self, buffer: object, offset: int) -> int: ...
+    def pwrite(self, buffer: object, offset: int) -> int: ...
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request: ...
+    def completions(self) -> Iterator[Request]: ...
+    def seek(self, offset: int, whence: int = ..., /) -> int: ...
+    def truncate(self, size: int | None = None, /) -> int: ...
+    def sync(self, *, data_only: bool = False) -> None: ...
+    def close(self) -> None: ...
+
+
+class Changes(NamedTuple):
+    """What is set on something when it is there; None is left alone."""
+
+    mode: int | None = None
+    owner: tuple[int, int] | None = None
+    times_ns: tuple[int, int] | None = None
+    xattrs: dict[bytes, bytes] | None = None
+
+
+class Tree(Protocol):
+    """A file system, as far as copying needs it. What `change` could not do it gives back, a sentence each."""
+
+    #: Whether all that is written is durable when the command has ended, asked for or not.
+    is_durable: bool
+
+    def shown(self, path: bytes) -> str: ...
+    def status(self, path: bytes, *, follow: bool) -> os.stat_result | None: ...
+    def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]: ...
+    def read_link(self, path: bytes) -> bytes: ...
+    def real_path(self, path: bytes) -> bytes: ...
+    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]: ...
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
+    def make_directory(self, path: bytes) -> None: ...
+    def make_link(self, path: bytes, target: bytes) -> None: ...
+    def make_node(self, path: bytes, mode: int, device: int) -> None: ...
+    def make_name(self, path: bytes, other: bytes) -> None: ...
+    def change(self, path: bytes, changes: Changes) -> list[str]: ...
+    def rename(self, path: bytes, other: bytes) -> None: ...
+    def remove(self, path: bytes) -> None: ...
+    def sync(self, directory: bytes) -> None: ...
+    def is_same(self, other: Tree) -> bool: ...
+
+
+class VolumeTree:
+    """The tree of an open volume."""
+
+    is_durable = True
+
+    def __init__(self, volume: Volume, image: str) -> None:
+        self._volume = volume
+        self._image = image
+
+    def _place(self, path: bytes) -> VolumePlace:
+        return VolumePlace(self._image, path)
+
+    def shown(self, path: bytes) -> str:
+        """A path as the user would write it."""
+        return str(self._place(path))
+
+    def is_same(self, other: Tree) -> bool:
+        """Whether both are of one volume."""
+        return isinstance(other, VolumeTree) and other._volume is self._volume
+
+    def status(self, path: bytes, *, follow: bool) -> os.stat_result | None:
+        """What is at `path`, None if there is nothing."""
+        with naming(self._place(path)):
+            if not self._volume.exists(path, follow_symlinks=follow):
+                return None
+            return self._volume.stat(path, follow_symlinks=follow)
+
+    def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]:
+        """(path from there, what it is) of everything in a directory, a directory before what is in it."""
+        from odirect.volume_entries import stat_result
+
+        volume = self._volume
+        top = self.status(path, follow=True)
+        with naming(self._place(path)):
+            found = volume.run(volume.file_system.tree(0 if top is None else top.st_ino), path)
+        device = 0 if top is None else top.st_dev
+        directories = [entry for entry in found if stat.S_ISDIR(entry.attributes.mode)]
+        # The others in the order of the device, which spares a disk the way.
+        others = sorted(
+            (entry for entry in found if not stat.S_ISDIR(entry.attributes.mode)), key=lambda entry: entry.place
+        )
+        return [(entry.path, stat_result(entry.attributes, device)) for entry in (*directories, *others)]
+
+    def read_link(self, path: bytes) -> bytes:
+        """Where a symbolic link leads."""
+        with naming(self._place(path)):
+            return self._volume.readlink(path)
+
+    def real_path(self, path: bytes) -> bytes:
+        """`path`, or where the symbolic link leads that it is; a link to nothing is an error."""
+        from odirect.fs.paths import walk
+
+        for _ in range(40):
+            with naming(self._place(path)):
+                spot = self._volume.run(walk(self._volume.file_system, path, follow=False), path)
+                if spot.attributes is None or not stat.S_ISLNK(spot.attributes.mode):
+                    return path
+                path = os.path.join(os.path.dirname(path.rstrip(b"/")), self._volume.readlink(path))
+        raise from_errno(errno.ELOOP, "following the link", self.shown(path))
+
+    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]:
+        """The extended attributes of what is at `path`."""
+        with naming(self._place(path)):
+            found = self._volume.xattrs(path, follow_symlinks=follow)
+            return {os.fsencode(name): value for name, value in found.items()}
+
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+        """A file to be read."""
+        with naming(self._place(path)):
+            return self._volume.open(path, "r", access=access)
+
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+        """A new file, to be written and read."""
+        with naming(self._place(path)):
+            return self._volume.open(path, "x+", access=access, permissions=_WHOLE)
+
+    def make_directory(self, path: bytes) -> None:
+        """A new directory, for the owner alone as yet."""
+        with naming(self._place(path)):
+            self._volume.mkdir(path, 0o700)
+
+    def make_link(self, path: bytes, target: bytes) -> None:
+        """A new symbolic link."""
+        with naming(self._place(path)):
+            self._volume.symlink(target, path)
+
+    def make_node(self, path: bytes, mode: int, device: int) -> None:
+        """A new fifo, socket or device."""
+        with naming(self._place(path)):
+            self._volume.mknod(path, mode, device)
+
+    def make_name(self, path: bytes, other: bytes) -> None:
+        """A further name for what is at `path`."""
+        with naming(self._place(other)):
+            self._volume.link(path, other)
+
+    def change(self, path: bytes, changes: Changes) -> list[str]:
+        """See `Changes`: in one go, and the times last."""
+        from odirect.base.errors import NoSpaceError, PathError, UnsupportedError
+        from odirect.fs.paths import resolve
+
+        volume = self._volume
+        file_system = volume.file_system
+        missed: list[str] = []
+
+        async def apply() -> None:
+            inode = (await resolve(file_system, path, follow=False)).inode
+            for name, value in (changes.xattrs or {}).items():
+                try:
+                    await file_system.set_xattr(inode, name, value)
+                except (UnsupportedError, PathError, NoSpaceError) as error:
+                    missed.append(f"attribute {os.fsdecode(name)}: {error.message}")
+            uid, gid = changes.owner or (None, None)
+            atime_ns, mtime_ns = changes.times_ns or (None, None)
+            await file_system.set_attributes(
+                inode, mode=changes.mode, uid=uid, gid=gid, atime_ns=atime_ns, mtime_ns=mtime_ns
+            )
+
+        with naming(self._place(path)):
+            volume.run(apply(), path)
+        return missed
+
+    def rename(self, path: bytes, other: bytes) -> None:
+        """Move `path` over `other`."""
+        with naming(self._place(other)):
+            self._volume.rename(path, other)
+
+    def remove(self, path: bytes) -> None:
+        """Remove what is no directory."""
+        with naming(self._place(path)):
+            self._volume.remove(path)
+
+    def sync(self, directory: bytes) -> None:
+        """Make everything in the volume durable."""
+        with naming(self._place(directory)):
+            self._volume.sync()
+
+
+class HostTree:
+    """The files of this machine."""
+
+    is_durable = False
+
+    def shown(self, path: bytes) -> str:
+        """A path as it can be printed."""
+        return common.shown(os.fsdecode(path))
+
+    def is_same(self, other: Tree) -> bool:
+        """Whether both are of this machine."""
+        return isinstance(other, HostTree)
+
+    def status(self, path: bytes, *, follow: bool) -> os.stat_result | None:
+        """What is at `path`, None if there is nothing."""
+        try:
+            return os.stat(path, follow_symlinks=follow)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _host_error(error, "looking at it", path) from error
+
+    def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]:
+        """(path from there, what it is) of everything in a directory, a directory before what is in it."""
+        found: list[tuple[bytes, os.stat_result]] = []
+        waiting = [b""]
+        while waiting:
+            directory = waiting.pop()
+            place = os.path.join(path, directory)
+            with _answers("listing", place), os.scandir(place) as entries:
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    below = os.path.join(directory, entry.name)
+                    status = entry.stat(follow_symlinks=False)
+                    found.append((below, status))
+                    if stat.S_ISDIR(status.st_mode):
+                        waiting.append(below)
+        return found
+
+    def read_link(self, path: bytes) -> bytes:
+        """Where a symbolic link leads."""
+        with _answers("reading the link", path):
+            return os.readlink(path)
+
+    def real_path(self, path: bytes) -> bytes:
+        """The path without symbolic links."""
+        return os.path.realpath(path)
+
+    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]:
+        """The extended attributes of what is at `path`, as far as they can be read."""
+        found: dict[bytes, bytes] = {}
+        try:
+            for name in os.listxattr(path, follow_symlinks=follow):
+                with contextlib.suppress(OSError):
+                    found[os.fsencode(name)] = os.getxattr(path, name, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                raise _host_error(error, "reading its attributes", path) from error
+        return found
+
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+        """A file or block device to be read."""
+        if small and access != "strict":
+            return CachedFile(path, os.O_RDONLY)
+        from odirect.files import open as open_direct
+
+        return open_direct(path, "r", access=access)
+
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+        """A new file, to be written and read."""
+        if small and access != "strict":
+            return CachedFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        with _answers("making it", path):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _WHOLE))
+        from odirect.files import open as open_direct
+
+        return open_direct(path, "r+", access=access)
+
+    def make_directory(self, path: bytes) -> None:
+        """A new directory, for the owner alone as yet."""
+        with _answers("making the directory", path):
+            os.mkdir(path, 0o700)
+
+    def make_link(self, path: bytes, target: bytes) -> None:
+        """A new symbolic link."""
+        with _answers("making the link", path):
+            os.symlink(target, path)
+
+    def make_node(self, path: bytes, mode: int, device: int) -> None:
+        """A new fifo, socket or device."""
+        with _answers("making it", path):
+            os.mknod(path, mode, device)
+
+    def make_name(self, path: bytes, other: bytes) -> None:
+        """A further name for what is at `path`."""
+        with _answers("linking", other):
+            os.link(path, other, follow_symlinks=False)
+
+    def change(self, path: bytes, changes: Changes) -> list[str]:
+        """See `Changes`: the owner first, because that takes bits of the mode away, and the times last."""
+        missed = []
+        is_link = os.path.islink(path)
+        if changes.owner is not None:
+            status = os.lstat(path)
+            try:
+                if (status.st_uid, status.st_gid) != changes.owner:
+                    os.lchown(path, *changes.owner)
+            except OSError as error:
+                missed.append(f"owner {changes.owner[0]}:{changes.owner[1]}: {os.strerror(error.errno or 0)}")
+        for name, value in (changes.xattrs or {}).items():
+            try:
+                os.setxattr(path, name, value, follow_symlinks=False)
+            except OSError as error:
+                missed.append(f"attribute {os.fsdecode(name)}: {os.strerror(error.errno or 0)}")
+        with _answers("changing its mode and times", path):
+            if changes.mode is not None and not is_link:
+                os.chmod(path, changes.mode)
+            if changes.times_ns is not None:
+                os.utime(path, ns=changes.times_ns, follow_symlinks=False)
+        return missed
+
+    def rename(self, path: bytes, other: bytes) -> None:
+        """Move `path` over `other`."""
+        with _answers("giving it its name", other):
+            os.rename(path, other)
+
+    def remove(self, path: bytes) -> None:
+        """Remove what is no directory."""
+        with _answers("removing", path):
+            os.unlink(path)
+
+    def sync(self, directory: bytes) -> None:
+        """Make the names in a directory durable, and all else of its file system."""
+        with _answers("syncing", directory):
+            fd = os.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+class CachedFile:
+    """A small file of this machine, through its page cache."""
+
+    def __init__(self, path: bytes, flags: int) -> None:
+        self._path = path
+        self._tallies = Tallies()
+        self._fd = -1
+        with _answers("opening", path):
+            self._fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _WHOLE)
+
+    @property
+    def size(self) -> int:
+        """The present size in bytes."""
+        return os.fstat(self._fd).st_size
+
+    @property
+    def limits(self) -> Limits | None:
+        """None: it takes everything."""
+        return None
+
+    @property
+    def totals(self) -> dict[Outcome, Tally]:
+        """How it went."""
+        return self._tallies.totals()
+
+    def preadinto(self, buffer: object, offset: int) -> int:
+        """Read into `buffer` from byte `offset`."""
+        with _answers("reading", self._path):
+            count = os.preadv(self._fd, [memoryview(buffer)], offset)  # type: ignore[arg-type]
+        self._tallies.add(Outcome(Kind.BUFFERED), count)
+        return count
+
+    def pwrite(self, buffer: object, offset: int) -> int:
+        """Write `buffer` at byte `offset`."""
+        with _answers("writing", self._path):
+            count = os.pwritev(self._fd, [memoryview(buffer)], offset)  # type: ignore[arg-type]
+        self._tallies.add(Outcome(Kind.BUFFERED, promise=Promise.NONE), count)
+        return count
+
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request:
+        """Never: small files go in one piece."""
+        raise NotImplementedError
+
+    def completions(self) -> Iterator[Request]:
+        """None."""
+        return iter(())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """As os.lseek."""
+        with _answers(f"seeking from {offset}", self._path):
+            return os.lseek(self._fd, offset, whence)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Make it `size` bytes long."""
+        with _answers("truncating", self._path):
+            os.ftruncate(self._fd, size or 0)
+        return size or 0
+
+    def sync(self, *, data_only: bool = False) -> None:
+        """Make it durable."""
+        with _answers("syncing", self._path):
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close it. Twice is harmless."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _answers(doing: str, path: bytes) -> Iterator[None]:
+    """Turns the kernel's answers into errors of ours."""
+    try:
+        yield
+    except ODirectError:
+        raise
+    except OSError as error:
+        raise _host_error(error, doing, path) from error
+
+
+def _host_error(error: OSError, doing: str, path: bytes) -> ODirectError:
+    return from_errno(error.errno or errno.EIO, doing, os.fsdecode(path))

@@ -1,0 +1,602 @@
+"""`odirect cp` where a volume has part in it: into one, out of one, between two, or within one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from odirect.base.errors import (
+    DirectoryError,
+    InUseError,
+    MissingError,
+    NoSpaceError,
+    NotDirectoryError,
+    ODirectError,
+    PathError,
+    UnsupportedError,
+    VerifyError,
+    from_errno,
+)
+from odirect.base.units import align_down, align_up
+from odirect.block.buffers import empty
+from odirect.cli import common, places
+from odirect.cli.places import VolumePlace
+from odirect.cli.sessions import Volumes, temporary_beside
+from odirect.cli.trees import SMALL_BYTES, Access, Bytes, Changes, HostTree, Tree, VolumeTree
+from odirect.copying import CHUNK_BYTES, DEPTH, CopyReport
+from odirect.dio.outcome import Outcome, Tally
+from odirect.sched.clock import MonotonicClock
+from odirect.sched.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from odirect.dio.requests import Request
+
+_STDIN = 0
+# What the edges of holes are rounded to: no file system here has larger blocks.
+_BLOCK_BYTES = 4096
+_PERMISSIONS = 0o777
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What was asked for. keep: all attributes, and hard links."""
+
+    recursive: bool = False
+    keep: bool = False
+    verify: bool = False
+    durable: bool = False
+    sparse: bool = True
+    access: Access = "auto"
+    chunk_bytes: int = CHUNK_BYTES
+    depth: int = DEPTH
+
+
+class TreeCopied(NamedTuple):
+    """How the copy of one source went. left_out: what could not be kept, a sentence each."""
+
+    report: CopyReport
+    files: int
+    directories: int
+    links: int
+    nodes: int
+    hard_links: int
+    left_out: list[str]
+
+
+class _Item(NamedTuple):
+    """Something to copy: where it is, where it goes, and what it is."""
+
+    source: bytes
+    target: bytes
+    status: os.stat_result
+
+
+def copy_all(
+    sources: list[str],
+    target: str,
+    options: Options,
+    progress: bool,
+    tell: Callable[[str, TreeCopied], None],
+) -> None:
+    """Copy each source, and `tell` how it went. Raises UsageError, and the first error met."""
+    to = places.parse(target)
+    found = [(text, places.parse(text)) for text in sources]
+    with Volumes(writing=[to] if to is not None else []) as volumes:
+        into = _tree(volumes, to)
+        goal = os.fsencode(target) if to is None else to.path
+        status = into.status(goal, follow=True)
+        is_directory = status is not None and stat.S_ISDIR(status.st_mode)
+        if len(sources) > 1 and not is_directory:
+            raise click.UsageError(f"{into.shown(goal)} is not a directory, and there are several sources")
+        for text, place in found:
+            if text == common.STDIO:
+                if is_directory:
+                    raise DirectoryError("it is a directory; a stream has no name to take there", path=into.shown(goal))
+                source, path = None, b""
+            else:
+                source, path = _tree(volumes, place), os.fsencode(text) if place is None else place.path
+            shown = text if place is None else str(place)
+            with common.progress_bar(common.shown(shown), progress) as told, Interrupts() as interrupts:
+                copier = _Copier(into, options, told, interrupts)
+                if source is None:
+                    copied = copier.take_in(goal)
+                else:
+                    copied = copier.copy(source, path, goal, is_directory=is_directory)
+            tell(shown, copied)
+        # Closing the volume makes it durable; this says so before the command does.
+
+
+def _tree(volumes: Volumes, place: VolumePlace | None) -> Tree:
+    return HostTree() if place is None else VolumeTree(volumes.of(place), place.image)
+
+
+class _Copier:
+    """One copy: of a file, of a tree or of what a stream gives."""
+
+    def __init__(
+        self, into: Tree, options: Options, progress: Callable[[int, int], None] | None, interrupts: Interrupts
+    ) -> None:
+        self._into = into
+        self._options = options
+        self._progress = progress
+        self._interrupts = interrupts
+        self._total = self._done = 0
+        self._counts = dict.fromkeys(("files", "directories", "links", "nodes", "hard_links"), 0)
+        self._copied = self._skipped = 0
+        self._left_out: list[str] = []
+        self._reads: dict[Outcome, Tally] = {}
+        self._writes: dict[Outcome, Tally] = {}
+        self._buffers: list[memoryview] = []
+        #: Directories that this copy has made: nothing can be there already.
+        self._fresh: set[bytes] = set()
+        self._clock = MonotonicClock()
+        self._began_ns = self._clock.now_ns()
+        self._umask = _umask() if isinstance(into, HostTree) else 0
+
+    # The whole.
+
+    def copy(self, source: Tree, path: bytes, goal: bytes, *, is_directory: bool) -> TreeCopied:
+        """Copy what is at `path` of `source` to `goal`, or into the directory that it is."""
+        options, into = self._options, self._into
+        deep = options.recursive or options.keep
+        top = source.status(path, follow=not deep or path.endswith(b"/"))
+        if top is None:
+            raise MissingError("there is no such file or directory", path=source.shown(path))
+        if is_directory:
+            goal = _into_directory(goal, path, source)
+        elif into.status(goal, follow=False) is not None:
+            goal = into.real_path(goal)
+        if stat.S_ISDIR(top.st_mode) and not deep:
+            raise DirectoryError("it is a directory; -r copies it with all that is in it", path=source.shown(path))
+        if goal.endswith(b"/") and not stat.S_ISDIR(top.st_mode):
+            raise NotDirectoryError("there is no such directory", path=into.shown(goal))
+        goal = goal.rstrip(b"/") or b"/"
+        self._refuse_same(source, path, top, goal)
+        items = _plan(source, path, goal, top)
+        self._total = sum(item.status.st_size for item in items if stat.S_ISREG(item.status.st_mode))
+        self._total *= 2 if options.verify else 1
+        seen: dict[tuple[int, int], bytes] = {}
+        for item in items:
+            self._interrupts.check()
+            self._copy_one(source, item, seen, is_top=item is items[0], in_tree=len(items) > 1)
+        for item in reversed(items):
+            # When nothing is added to a directory any more, so that its times stay.
+            if stat.S_ISDIR(item.status.st_mode) and (options.keep or item.target in self._fresh):
+                self._finish(source, item)
+        return self._ended(goal)
+
+    def take_in(self, goal: bytes) -> TreeCopied:
+        """Write what standard input gives to the file `goal`."""
+        if self._into.status(goal, follow=False) is not None:
+            goal = self._into.real_path(goal)
+        replaced = self._into.status(goal, follow=False)
+        changes = self._changes_of(None, 0o666, replaced)
+        with self._made(goal, small=False) as (file, name):
+            pieces: dict[int, tuple[int, bytes]] | None = {} if self._options.verify else None
+            buffer = self._take(1)[0]
+            offset = 0
+            while length := _read_full(buffer, self._interrupts):
+                if pieces is not None:
+                    pieces[offset] = length, _digest(buffer[:length])
+                _write_all(file, buffer[:length], offset, self._into.shown(goal))
+                offset += length
+                self._add(length, copied=True)
+            self._settle(file, goal, offset, pieces)
+            self._change(name, goal, changes)
+        self._counts["files"] += 1
+        return self._ended(goal)
+
+    def _ended(self, goal: bytes) -> TreeCopied:
+        options = self._options
+        if options.durable:
+            self._into.sync(os.path.dirname(goal))
+        seconds = (self._clock.now_ns() - self._began_ns) / 1e9
+        report = CopyReport(
+            self._into.shown(goal),
+            self._copied,
+            self._skipped,
+            seconds,
+            self._reads,
+            self._writes,
+            options.verify,
+            options.durable,
+        )
+        return TreeCopied(report, **self._counts, left_out=self._left_out)
+
+    # One thing.
+
+    def _copy_one(
+        self, source: Tree, item: _Item, seen: dict[tuple[int, int], bytes], *, is_top: bool, in_tree: bool
+    ) -> None:
+        status, goal, into = item.status, item.target, self._into
+        mode = status.st_mode
+        if stat.S_ISDIR(mode):
+            self._copy_directory(source, item)
+            return
+        identity = status.st_dev, status.st_ino
+        known = seen.get(identity) if self._options.keep and status.st_nlink > 1 else None
+        if known is not None:
+            with self._new_name(goal) as name:
+                into.make_name(known, name)
+            self._counts["hard_links"] += 1
+            return
+        if stat.S_ISREG(mode) or (
+            stat.S_ISBLK(mode) and is_top and not (self._options.recursive or self._options.keep)
+        ):
+            self._copy_file(source, item, small=in_tree and status.st_size < SMALL_BYTES)
+            self._counts["files"] += 1
+        elif stat.S_ISLNK(mode):
+            target = source.read_link(item.source)
+            with self._new_name(goal) as name:
+                into.make_link(name, target)
+                self._finish(source, item, name)
+            self._counts["links"] += 1
+        elif not in_tree and not self._options.keep and not self._options.recursive:
+            raise UnsupportedError(
+                "it is neither a file nor a directory; -a copies what it is", path=source.shown(item.source)
+            )
+        else:
+            with self._new_name(goal) as name:
+                into.make_node(name, stat.S_IFMT(mode) | 0o600, status.st_rdev)
+                self._finish(source, item, name)
+            self._counts["nodes"] += 1
+        seen[identity] = goal
+
+    def _copy_directory(self, source: Tree, item: _Item) -> None:
+        if os.path.dirname(item.target) not in self._fresh:
+            there = self._into.status(item.target, follow=True)
+            if there is not None:
+                if not stat.S_ISDIR(there.st_mode):
+                    raise NotDirectoryError(
+                        "a directory cannot replace what is none", path=self._into.shown(item.target)
+                    )
+                return
+        self._into.make_directory(item.target)
+        self._fresh.add(item.target)
+        self._counts["directories"] += 1
+
+    def _copy_file(self, source: Tree, item: _Item, *, small: bool) -> None:
+        options, goal = self._options, item.target
+        replaced = self._status_of_name(goal)
+        reading = source.open_source(item.source, options.access, small=small)
+        try:
+            size = reading.size
+            with self._made(goal, small=small and not options.verify) as (writing, name):
+                pieces: dict[int, tuple[int, bytes]] | None = {} if options.verify else None
+                runs = self._runs(reading, size, is_block=stat.S_ISBLK(item.status.st_mode))
+                for start, end in runs:
+                    self._move(reading, writing, start, end, size, pieces, source.shown(item.source), goal)
+                skipped = size - sum(min(end, size) - start for start, end in runs)
+                self._add(skipped, copied=False)
+                self._settle(writing, goal, size, pieces)
+                if options.keep or not stat.S_ISREG(item.status.st_mode):
+                    mode = item.status.st_mode if stat.S_ISREG(item.status.st_mode) else 0o666
+                    self._change(name, goal, self._changes_of((source, item), mode, replaced))
+                else:
+                    self._change(name, goal, self._changes_of(None, item.status.st_mode, replaced))
+        finally:
+            self._close(reading, self._reads)
+
+    def _settle(self, file: Bytes, goal: bytes, size: int, pieces: dict[int, tuple[int, bytes]] | None) -> None:
+        """Give a file that has its bytes its size, and make and prove it what was asked for."""
+        if file.size != size:
+            file.truncate(size)
+        if self._options.durable:
+            file.sync()
+        if pieces is not None:
+            self._check(file, size, pieces, self._into.shown(goal))
+
+    # Bytes.
+
+    def _runs(self, file: Bytes, size: int, *, is_block: bool) -> list[tuple[int, int]]:
+        """[start, end) of what is to be moved: all, or what is no hole, to whole blocks."""
+        if not self._options.sparse or is_block:
+            return [(0, size)] if size else []
+        found: list[tuple[int, int]] = []
+        at = 0
+        while at < size:
+            try:
+                start = file.seek(at, os.SEEK_DATA)
+                end = file.seek(start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                start, end = at, size  # It does not tell.
+            start, end = align_down(start, _BLOCK_BYTES), min(align_up(end, _BLOCK_BYTES), size)
+            if found and start <= found[-1][1]:
+                found[-1] = found[-1][0], end
+            elif start < end:
+                found.append((start, end))
+            at = max(end, at + 1)
+        return found
+
+    def _move(
+        self,
+        reading: Bytes,
+        writing: Bytes,
+        start: int,
+        end: int,
+        size: int,
+        pieces: dict[int, tuple[int, bytes]] | None,
+        source: str,
+        goal: bytes,
+    ) -> None:
+        """Copy [start, end): while some chunks are written, the next ones are read."""
+        shown = self._into.shown(goal)
+        chunk = self._options.chunk_bytes
+        if end - start <= chunk:
+            buffer = self._take(1)[0]
+            length = end - start
+            if reading.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], start) < length:
+                raise _shrank(source)
+            self._note(pieces, start, buffer[:length])
+            _write_all(writing, self._padded(buffer, length), start, shown)
+            self._add(length, copied=True)
+            return
+        half = max(1, self._options.depth // 2)
+        buffers = self._take(2 * half)
+        groups = buffers[:half], buffers[half : 2 * half]
+        written = 0
+        try:
+            for turn, first in enumerate(range(start, end, half * chunk)):
+                group = groups[turn % 2]
+                for number, offset in enumerate(range(first, min(first + half * chunk, end), chunk)):
+                    length = min(chunk, end - offset)
+                    reading.submit("read", offset, group[number][: align_up(length, _BLOCK_BYTES)], (offset, number))
+                # The other half of the buffers is free when it has been written.
+                written = self._written(writing, written, shown)
+                got = []
+                for request in reading.completions():
+                    offset, number = _tag(request)
+                    length = min(chunk, end - offset)
+                    if request.result() < length:
+                        raise _shrank(source)
+                    got.append((offset, number, length))
+                for offset, number, length in sorted(got):
+                    self._note(pieces, offset, group[number][:length])
+                    writing.submit("write", offset, self._padded(group[number], length), length)
+                    written += 1
+            self._written(writing, written, shown)
+        except BaseException:
+            # Their memory is the device's until they are done (F24).
+            for file in (reading, writing):
+                for _ in file.completions():
+                    pass
+            raise
+
+    def _written(self, writing: Bytes, expected: int, shown: str) -> int:
+        """Wait for what is being written; 0, the number that is left."""
+        if expected:
+            for request in writing.completions():
+                if request.result() < request.length:
+                    raise NoSpaceError(f"only {request.result()} of {request.length} bytes had room", path=shown)
+                self._add(int(str(request.tag)), copied=True)
+        return 0
+
+    def _padded(self, buffer: memoryview, length: int) -> memoryview:
+        """What is written of a chunk: all of it, up to a whole block where only that goes direct."""
+        if self._options.access != "strict" or length % _BLOCK_BYTES == 0:
+            return buffer[:length]
+        end = align_up(length, _BLOCK_BYTES)
+        buffer[length:end] = bytes(end - length)
+        return buffer[:end]
+
+    def _note(self, pieces: dict[int, tuple[int, bytes]] | None, offset: int, view: memoryview) -> None:
+        if pieces is not None:
+            pieces[offset] = len(view), _digest(view)
+
+    def _check(self, file: Bytes, size: int, pieces: dict[int, tuple[int, bytes]], shown: str) -> None:
+        """Read the copy back and compare it with what was written; what was not must be zeroes."""
+        buffer = self._take(1)[0]
+        at = 0
+        for offset, (length, expected) in [*sorted(pieces.items()), (size, (0, b""))]:
+            while at < offset:
+                gap = min(offset - at, len(buffer))
+                if bytes(self._read_back(file, buffer, at, gap, shown)) != bytes(gap):
+                    raise VerifyError(f"bytes {at} to {at + gap - 1} should be zeroes, and are not", path=shown)
+                at += gap
+                self._add(gap, copied=None)
+            if length and _digest(self._read_back(file, buffer, offset, length, shown)) != expected:
+                raise VerifyError(f"bytes {offset} to {offset + length - 1} are not what was written there", path=shown)
+            at = offset + length
+            self._add(length, copied=None)
+
+    def _read_back(self, file: Bytes, buffer: memoryview, offset: int, length: int, shown: str) -> memoryview:
+        done = file.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], offset)
+        if done < length:
+            raise VerifyError(f"only {done} of {length} bytes at {offset} could be read back", path=shown)
+        return buffer[:length]
+
+    def _take(self, count: int) -> list[memoryview]:
+        while len(self._buffers) < count:
+            self._buffers.append(empty(align_up(self._options.chunk_bytes, _BLOCK_BYTES)))
+        return self._buffers
+
+    def _add(self, count: int, *, copied: bool | None) -> None:
+        """Tell of progress; None: of what was verified. A signal that has come ends the copy here."""
+        if copied:
+            self._copied += count
+        elif copied is False:
+            self._skipped += count
+        self._done += count
+        progress = self._progress
+        if progress is not None and count:
+            self._interrupts.allowed(lambda: progress(self._done, max(self._done, self._total) if self._total else 0))
+        self._interrupts.check()
+
+    # Names and attributes.
+
+    @contextlib.contextmanager
+    def _made(self, goal: bytes, *, small: bool) -> Iterator[tuple[Bytes, bytes]]:
+        """A new open file and the name that it has as yet; it takes its real one when all went well."""
+        with self._new_name(goal, is_file=True) as name:
+            file = self._into.make_file(name, self._options.access, small=small)
+            try:
+                yield file, name
+            finally:
+                self._close(file, self._writes)
+
+    @contextlib.contextmanager
+    def _new_name(self, goal: bytes, *, is_file: bool = False) -> Iterator[bytes]:
+        """The name that something is made under: hidden, unless its directory is of our making; removed on failure.
+
+        A file takes the place of files and symbolic links alone: `cp x /dev/null` must not be the end of that.
+        """
+        into = self._into
+        name = goal
+        if os.path.dirname(goal) not in self._fresh:
+            there = into.status(goal, follow=False)
+            if there is not None and stat.S_ISDIR(there.st_mode):
+                raise DirectoryError(
+                    "a directory has that name, and is not replaced by what is none", path=into.shown(goal)
+                )
+            if is_file and there is not None and not (stat.S_ISREG(there.st_mode) or stat.S_ISLNK(there.st_mode)):
+                message = "it is neither a file nor a directory, and is not replaced; use - for a stream"
+                raise UnsupportedError(message, path=into.shown(goal))
+            name = temporary_beside(goal, lambda path: into.status(path, follow=False) is not None)
+        try:
+            yield name
+            if name != goal:
+                into.rename(name, goal)
+        except BaseException as error:
+            with contextlib.suppress(ODirectError):
+                into.remove(name)
+            if isinstance(error, ODirectError) and error.filename == into.shown(name):
+                error.filename = into.shown(goal)  # What the user knows.
+            raise
+
+    def _close(self, file: Bytes, tallies: dict[Outcome, Tally]) -> None:
+        for outcome, tally in file.totals.items():
+            before = tallies.get(outcome, Tally(0, 0))
+            tallies[outcome] = Tally(before.operations + tally.operations, before.bytes + tally.bytes)
+        file.close()
+
+    def _status_of_name(self, goal: bytes) -> os.stat_result | None:
+        if os.path.dirname(goal) in self._fresh:
+            return None
+        return self._into.status(goal, follow=False)
+
+    def _finish(self, source: Tree, item: _Item, name: bytes | None = None) -> None:
+        if self._options.keep:
+            changes = self._changes_of((source, item), item.status.st_mode, None)
+        elif stat.S_ISLNK(item.status.st_mode):
+            return
+        else:
+            changes = self._changes_of(None, item.status.st_mode, None)
+        self._change(item.target if name is None else name, item.target, changes)
+
+    def _changes_of(self, original: tuple[Tree, _Item] | None, mode: int, replaced: os.stat_result | None) -> Changes:
+        """What is set on a copy: all that its original has, or a mode as `cp` gives it."""
+        if original is not None and self._options.keep:
+            tree, item = original
+            status = item.status
+            return Changes(
+                None if stat.S_ISLNK(status.st_mode) else stat.S_IMODE(status.st_mode),
+                (status.st_uid, status.st_gid),
+                (status.st_atime_ns, status.st_mtime_ns),
+                tree.xattrs(item.source, follow=False),
+            )
+        if replaced is not None and stat.S_ISREG(replaced.st_mode):
+            return Changes(stat.S_IMODE(replaced.st_mode), (replaced.st_uid, replaced.st_gid))
+        return Changes(mode & _PERMISSIONS & ~self._umask)
+
+    def _change(self, name: bytes, goal: bytes, changes: Changes) -> None:
+        self._left_out += [f"{self._into.shown(goal)}: {missed}" for missed in self._into.change(name, changes)]
+
+    def _refuse_same(self, source: Tree, path: bytes, top: os.stat_result, goal: bytes) -> None:
+        """Raise PathError if something would be copied onto or into itself."""
+        into = self._into
+        if not source.is_same(into):
+            return
+        there = into.status(goal, follow=True)
+        if there is not None and os.path.samestat(there, top):
+            raise PathError("source and target are the same", errno=errno.EINVAL, path=source.shown(path))
+        if stat.S_ISDIR(top.st_mode):
+            above = os.path.dirname(goal) or b"."
+            while True:
+                there = into.status(above, follow=True)
+                if there is not None and os.path.samestat(there, top):
+                    raise PathError(
+                        f"it cannot be copied into itself ({into.shown(goal)})",
+                        errno=errno.EINVAL,
+                        path=source.shown(path),
+                    )
+                if above in (b"/", b".", b""):
+                    return
+                above = os.path.dirname(above)
+
+
+def _plan(source: Tree, path: bytes, goal: bytes, top: os.stat_result) -> list[_Item]:
+    """All that is to be copied, a directory before what is in it."""
+    items = [_Item(path, goal, top)]
+    if stat.S_ISDIR(top.st_mode):
+        for below, status in source.below(path):
+            items.append(_Item(os.path.join(path, below), os.path.join(goal, below), status))
+    return items
+
+
+def _into_directory(goal: bytes, path: bytes, source: Tree) -> bytes:
+    """The path in the directory `goal` that what is at `path` gets: the root of a volume gives what is in it."""
+    name = os.path.basename(path.rstrip(b"/"))
+    if isinstance(source, HostTree) and name in (b"", b".", b".."):
+        name = os.path.basename(os.path.realpath(path))
+    return os.path.join(goal, name) if name not in (b"", b".", b"..") else goal
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _tag(request: Request) -> tuple[int, int]:
+    tag = request.tag
+    if not isinstance(tag, tuple):
+        raise TypeError(f"{tag!r} is no tag of a copy")
+    return tag
+
+
+def _digest(view: memoryview) -> bytes:
+    return hashlib.blake2b(view, digest_size=16).digest()
+
+
+def _shrank(source: str) -> InUseError:
+    return InUseError("it became shorter while it was copied", path=source)
+
+
+def _write_all(file: Bytes, view: memoryview, offset: int, shown: str) -> None:
+    done = file.pwrite(view, offset)
+    if done < len(view):
+        raise NoSpaceError(f"only {done} of {len(view)} bytes at {offset} had room", path=shown)
+
+
+def _read_full(view: memoryview, interrupts: Interrupts) -> int:
+    """Fill `view` from standard input; how many bytes there were until its end."""
+    import select
+
+    done = 0
+    while done < len(view):
+        interrupts.wait_for(_STDIN, select.POLLIN)
+        try:
+            count = os.readv(_STDIN, [view[done:]])
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            raise from_errno(error.errno or errno.EIO, "reading the stream", "-") from error
+        if not count:
+            break
+        done += count
+    return done
+
+
+def as_json(copied: TreeCopied) -> dict[str, Any]:
+    """What the JSON of a copy has beyond that of a file."""
+    return {key: value for key, value in copied._asdict().items() if key != "report"}

@@ -1,0 +1,1 @@
+"""File systems on devices that the kernel has not mounted."""

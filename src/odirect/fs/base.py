@@ -1,0 +1,369 @@
+"""What every file system gives to those above it: names, inodes and files, as coroutines.
+
+Inodes are numbers here and names are bytes. Everything suspends, so that one driver serves a caller
+who waits, another an event loop, and another a simulation. Whoever holds an open file holds its
+inode: a file that loses its last name goes when its last handle is closed.
+"""
+
+from __future__ import annotations
+
+import enum
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from odirect.base.units import align_up
+from odirect.block.buffers import empty
+from odirect.block.device import Limits
+from odirect.dio.mapping import Extent
+from odirect.dio.outcome import Outcome
+
+Access = Literal["auto", "strict", "buffered"]
+ACCESSES: tuple[Access, ...] = ("auto", "strict", "buffered")
+
+
+class FileKind(enum.StrEnum):
+    """What an inode is."""
+
+    REGULAR = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    CHARACTER = "character device"
+    BLOCK = "block device"
+    FIFO = "fifo"
+    SOCKET = "socket"
+    UNKNOWN = "unknown"
+
+
+_KINDS = {
+    stat.S_IFREG: FileKind.REGULAR,
+    stat.S_IFDIR: FileKind.DIRECTORY,
+    stat.S_IFLNK: FileKind.SYMLINK,
+    stat.S_IFCHR: FileKind.CHARACTER,
+    stat.S_IFBLK: FileKind.BLOCK,
+    stat.S_IFIFO: FileKind.FIFO,
+    stat.S_IFSOCK: FileKind.SOCKET,
+}
+
+
+def kind_of(mode: int) -> FileKind:
+    """The kind that the type bits of `mode` say."""
+    return _KINDS.get(stat.S_IFMT(mode), FileKind.UNKNOWN)
+
+
+class DirEntry(NamedTuple):
+    """A name in a directory. kind is UNKNOWN where the directory does not tell it."""
+
+    name: bytes
+    inode: int
+    kind: FileKind
+
+
+class Attributes(NamedTuple):
+    """What `stat` says. mode has the type bits; blocks512 counts 512-byte sectors in use."""
+
+    inode: int
+    mode: int
+    links: int
+    uid: int
+    gid: int
+    size: int
+    blocks512: int
+    block_bytes: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    device_number: int = 0
+
+    @property
+    def kind(self) -> FileKind:
+        """What the inode is."""
+        return kind_of(self.mode)
+
+
+class TreeEntry(NamedTuple):
+    """Something below a directory.
+
+    path: from that directory on, without a slash before it. place: where on the device reading it
+    begins; who reads many files in this order spares the device the way.
+    """
+
+    path: bytes
+    attributes: Attributes
+    place: int = 0
+
+
+class NewFile(NamedTuple):
+    """A regular file to be made, with all that is in it. mode without type bits."""
+
+    directory: int
+    name: bytes
+    content: bytes | bytearray | memoryview
+    mode: int = 0o644
+    uid: int = 0
+    gid: int = 0
+    atime_ns: int = 0
+    mtime_ns: int = 0
+
+
+class SpaceUse(NamedTuple):
+    """How full a volume is. available leaves out what is kept for root."""
+
+    block_bytes: int
+    blocks: int
+    free: int
+    available: int
+    files: int
+    free_files: int
+    name_bytes: int
+
+
+class Finding(NamedTuple):
+    """Something that `check` found wrong.
+
+    structure: "inode 12", "block bitmap of group 3"; addr: the byte on the device, None where that
+    says nothing; repaired_by: the command that mends it.
+    """
+
+    structure: str
+    addr: int | None
+    found: str
+    expected: str
+    repaired_by: str = ""
+
+    def __str__(self) -> str:
+        where = "" if self.addr is None else f" at byte {self.addr}"
+        return f"{self.structure}{where}: found {self.found}, expected {self.expected}"
+
+
+class Done(NamedTuple):
+    """How many bytes of a request were moved, and which way."""
+
+    transferred: int
+    outcome: Outcome
+
+
+class VolumeFile(ABC):
+    """An open file of a volume. Requests may overlap; each is atomic to the others as the kernel has it."""
+
+    inode: int
+    name: str
+
+    @property
+    @abstractmethod
+    def size_bytes(self) -> int:
+        """The present size."""
+
+    @property
+    @abstractmethod
+    def limits(self) -> Limits:
+        """What a direct request must be aligned to, with the sources."""
+
+    @abstractmethod
+    async def read(
+        self, offset: int, segments: Sequence[memoryview], *, access: Access = "auto", flags: int = 0
+    ) -> Done:
+        """Read into the segments from byte `offset`, up to the end of the file (F02).
+
+        strict raises AlignmentError for what is not aligned, NotDirectError for what falls back.
+        """
+
+    @abstractmethod
+    async def write(
+        self,
+        offset: int | None,
+        segments: Sequence[memoryview],
+        *,
+        access: Access = "auto",
+        flags: int = 0,
+    ) -> Done:
+        """Write the segments at byte `offset`; None appends.
+
+        flags: FUA makes it durable (with all that is needed to read it); NOWAIT. Raises NoSpaceError
+        (ENOSPC, EFBIG), ReadOnlyError, DeviceError. A short count where only a part had room.
+        """
+
+    @abstractmethod
+    async def truncate(self, size: int) -> None:
+        """Make the file `size` bytes long."""
+
+    @abstractmethod
+    async def punch(self, offset: int, length: int) -> None:
+        """Make a hole; the size stays."""
+
+    @abstractmethod
+    async def sync(self, *, data_only: bool = False) -> None:
+        """Make what was written durable. Raises once what failed since the last call, and F41."""
+
+    @abstractmethod
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """Where the bytes are, holes included, in order, without gaps, up to the size rounded up to a block."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of the inode. Data that was written through the cache is written back; it is not synced."""
+
+
+class FileSystem(ABC):
+    """A volume that is open. Raises what `base.errors` has: MissingError, ExistsError, NotDirectoryError, ..."""
+
+    kind: str
+    #: What messages call it: the path of its image or device.
+    name: str
+    uuid: bytes
+    label: bytes
+    block_bytes: int
+    root: int
+    #: The longest target of a symbolic link, and the longest name, in bytes.
+    name_bytes: int = 255
+    #: Features by name, for `info`.
+    features: Sequence[str] = ()
+
+    @property
+    @abstractmethod
+    def writable(self) -> bool:
+        """Whether changes are taken: opened so, and nothing has failed since."""
+
+    @abstractmethod
+    async def attributes(self, inode: int) -> Attributes:
+        """What `stat` says of an inode."""
+
+    @abstractmethod
+    async def lookup(self, directory: int, name: bytes) -> int:
+        """The inode that `name` is; MissingError, NotDirectoryError. "." and ".." are names too."""
+
+    @abstractmethod
+    async def entries(self, directory: int) -> list[DirEntry]:
+        """All names of a directory but "." and "..", as they come."""
+
+    @abstractmethod
+    async def read_link(self, inode: int) -> bytes:
+        """Where a symbolic link leads."""
+
+    @abstractmethod
+    async def xattrs(self, inode: int) -> dict[bytes, bytes]:
+        """Extended attributes by their full names (b"user.comment")."""
+
+    @abstractmethod
+    async def set_xattr(self, inode: int, name: bytes, value: bytes | None) -> None:
+        """Set an extended attribute; None removes it (ENODATA if there is none)."""
+
+    @abstractmethod
+    async def create(
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        device_number: int = 0,
+        target: bytes = b"",
+    ) -> int:
+        """A new inode of the kind that `mode` says, under a new name; its number. ExistsError if the name is taken.
+
+        target: of a symbolic link. Directories get "." and "..".
+        """
+
+    @abstractmethod
+    async def link(self, inode: int, directory: int, name: bytes) -> None:
+        """One more name for an inode that is no directory."""
+
+    @abstractmethod
+    async def unlink(self, directory: int, name: bytes) -> None:
+        """Remove a name of something that is no directory; the last one takes the inode with it."""
+
+    @abstractmethod
+    async def rmdir(self, directory: int, name: bytes) -> None:
+        """Remove an empty directory."""
+
+    @abstractmethod
+    async def rename(self, old_directory: int, old_name: bytes, new_directory: int, new_name: bytes) -> None:
+        """Move a name, over what has the new one, as rename(2) has it. At every moment one of the two is there."""
+
+    @abstractmethod
+    async def set_attributes(
+        self,
+        inode: int,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Change what is given. The type bits of `mode` are left alone."""
+
+    @abstractmethod
+    async def open_file(self, inode: int, *, writable: bool) -> VolumeFile:
+        """A handle of a regular file. DirectoryError, UnsupportedError for what has no bytes, ReadOnlyError."""
+
+    async def tree(self, directory: int) -> list[TreeEntry]:
+        """Everything below a directory, parents before what is in them; a directory that is met again is left out."""
+        found: list[TreeEntry] = []
+        seen = {directory}
+        waiting = [(b"", directory)]
+        while waiting:
+            path, number = waiting.pop()
+            for entry in await self.entries(number):
+                below = path + b"/" + entry.name if path else entry.name
+                attributes = await self.attributes(entry.inode)
+                found.append(TreeEntry(below, attributes))
+                if attributes.kind is FileKind.DIRECTORY and entry.inode not in seen:
+                    seen.add(entry.inode)
+                    waiting.append((below, entry.inode))
+        return found
+
+    async def read_whole(self, inodes: Sequence[int]) -> list[bytes]:
+        """The contents of these regular files, in this order. For many small ones: all is in memory at once."""
+        contents: list[bytes] = []
+        for number in inodes:
+            file = await self.open_file(number, writable=False)
+            try:
+                memory = empty(align_up(file.size_bytes, max(file.limits.read_align, 1)))
+                done = await file.read(0, [memory]) if len(memory) else None
+                contents.append(bytes(memory[: done.transferred if done else 0]))
+            finally:
+                await file.close()
+        return contents
+
+    async def create_whole(self, files: Sequence[NewFile]) -> list[int]:
+        """The inodes of these new files, made with their contents. For many small ones.
+
+        Raises what `create` and `write` raise; those before the one that failed may be there then.
+        """
+        numbers: list[int] = []
+        for new in files:
+            mode = stat.S_IFREG | stat.S_IMODE(new.mode)
+            number = await self.create(new.directory, new.name, mode, uid=new.uid, gid=new.gid)
+            numbers.append(number)
+            if len(new.content):
+                file = await self.open_file(number, writable=True)
+                try:
+                    await file.write(0, [memoryview(new.content)])
+                finally:
+                    await file.close()
+            await self.set_attributes(number, atime_ns=new.atime_ns, mtime_ns=new.mtime_ns)
+        return numbers
+
+    @abstractmethod
+    async def space(self) -> SpaceUse:
+        """How full it is."""
+
+    @abstractmethod
+    async def check(self) -> list[Finding]:
+        """What is wrong with it, as far as a walk that only reads can tell."""
+
+    @abstractmethod
+    async def sync(self) -> None:
+        """Make everything durable."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Sync, mark the volume clean if it was opened for writing, and let go of it. Open handles are closed."""
+
+
+def rounded_size(size: int, block_bytes: int) -> int:
+    """A file's size, up to whole blocks."""
+    return align_up(size, block_bytes)

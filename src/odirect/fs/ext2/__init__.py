@@ -1,0 +1,1 @@
+"""ext2, read and write."""

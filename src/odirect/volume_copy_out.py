@@ -1,0 +1,442 @@
+"""Copying files and trees out of a volume.
+
+What a volume holds is not trusted: everything is made relative to the descriptor of a directory that
+was made or opened here, no symbolic link below the target is ever followed, and names are checked. Each
+thing is made under a hidden name and takes its own when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Coroutine, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from odirect import files
+from odirect.base.errors import DirectoryError, ExistsError, MissingError, ODirectError, UnsupportedError
+from odirect.dio.mapping import ExtentKind
+from odirect.fs import tree
+from odirect.fs.base import Attributes, FileKind, VolumeFile
+from odirect.fs.paths import checked_name, path_bytes, resolve
+from odirect.sched.interrupts import Interrupts
+from odirect.sched.scheduler import Task
+from odirect.volume_copy import (
+    DIRECT_BYTES,
+    Buffers,
+    Counts,
+    Progress,
+    TreeReport,
+    chunks,
+    finished,
+    on_host,
+    settle,
+    temporary_name,
+)
+from odirect.volume_names import AnyPath, VolumeNames
+from odirect.volume_runner import named
+
+T = TypeVar("T")
+HostPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# How much of a file is looked through at once for data.
+_WINDOW_BYTES = 1 << 30
+_HOLES = (ExtentKind.HOLE, ExtentKind.UNWRITTEN)
+_NO_PRIVILEGE = (errno.EPERM, errno.EACCES)
+
+
+class _Item(NamedTuple):
+    """Something to copy. below: its path from the top; depth: 0 for the top."""
+
+    name: bytes
+    below: bytes
+    depth: int
+    attributes: Attributes
+
+
+class _Place(NamedTuple):
+    """A directory of the host that is being filled."""
+
+    fd: int
+    item: _Item | None
+
+
+def copy_out(
+    volume: VolumeNames,
+    source: AnyPath,
+    target: HostPath,
+    *,
+    recursive: bool = True,
+    attributes: bool = True,
+    progress: Progress | None = None,
+) -> TreeReport:
+    """A report of copying `source` in the volume to `target` on the host; see `Volume.copy_out`."""
+    encoded, shown = volume._path(source)
+    host = path_bytes(target)
+    with Interrupts() as interrupts:
+        top = volume.run(resolve(volume.file_system, encoded), shown)
+        if top.kind is FileKind.DIRECTORY and not recursive:
+            raise DirectoryError("it is a directory, and recursive was not asked for", path=shown)
+        items = volume.run(_plan(volume, top), shown)
+        interrupts.check()
+        copier = _CopyOut(volume, encoded, items, attributes, progress, interrupts)
+        final = copier.copy(host)
+        return copier.counts.report(os.fsdecode(final))
+
+
+async def _plan(volume: VolumeNames, top: Attributes) -> list[_Item]:
+    """All that is to be copied, each directory followed at once by what is in it."""
+    file_system = volume.file_system
+    items: list[_Item] = []
+    stack = [_Item(b"", b"", 0, top)]
+    above: list[int] = []
+    while stack:
+        item = stack.pop()
+        items.append(item)
+        if item.attributes.kind is not FileKind.DIRECTORY:
+            continue
+        del above[item.depth :]
+        if item.attributes.inode in above:
+            raise UnsupportedError("a directory of the volume is in itself; check the volume", path=file_system.name)
+        above.append(item.attributes.inode)
+        entries = sorted(await file_system.entries(item.attributes.inode), reverse=True)
+        for name, inode, _ in entries:
+            checked_name(file_system, name)
+            found = await file_system.attributes(inode)
+            stack.append(_Item(name, os.path.join(item.below, name), item.depth + 1, found))
+    return items
+
+
+class _CopyOut:
+    """One copy out of a volume."""
+
+    def __init__(
+        self,
+        volume: VolumeNames,
+        source: bytes,
+        items: list[_Item],
+        attributes: bool,
+        progress: Progress | None,
+        interrupts: Interrupts,
+    ) -> None:
+        sizes = {
+            item.attributes.inode: item.attributes.size for item in items if item.attributes.kind is FileKind.REGULAR
+        }
+        self.counts = Counts(progress, sum(sizes.values()), interrupts)
+        self._volume = volume
+        self._runner = volume.runner
+        self._file_system = volume.file_system
+        self._source = source
+        self._items = items
+        self._keep = attributes
+        self._buffers = Buffers()
+        #: Directories that are being filled, the innermost last.
+        self._places: list[_Place] = []
+        self._final = b""
+        #: Where an inode with several names is already: its path below the top, and who it is on the host.
+        self._seen: dict[int, tuple[bytes, os.stat_result]] = {}
+
+    def copy(self, host: bytes) -> bytes:
+        """Copy everything; the path on the host that the top has."""
+        top = self._items[0]
+        outer, name, self._final = _find_target(self._source, host, top)
+        self._places = [_Place(outer, None)]
+        try:
+            for item in self._items:
+                while len(self._places) > item.depth + 1:
+                    self._leave()
+                self._copy_one(item, name if not item.depth else item.name)
+                self.counts.add()
+            while len(self._places) > 1:
+                self._leave()
+        finally:
+            for place in self._places:
+                os.close(place.fd)
+            self._places = []
+        return self._final
+
+    def _leave(self) -> None:
+        """Nothing more comes into the innermost directory: its attributes are set."""
+        place = self._places[-1]
+        if place.item is not None:
+            xattrs = self._read_xattrs(place.item)
+            with self._on_host(place.item, "setting the attributes"):
+                self._give_attributes(place.item, place.fd, xattrs)
+        self._places.pop()
+        os.close(place.fd)
+
+    def _copy_one(self, item: _Item, name: bytes) -> None:
+        parent = self._places[-1].fd
+        attributes = item.attributes
+        kind = attributes.kind
+        if kind is FileKind.DIRECTORY:
+            with self._on_host(item, "making a directory"):
+                self._places.append(_Place(self._make_directory(parent, name), item))
+            return
+        if self._linked(item, parent, name):
+            self.counts.hard_links += 1
+            return
+        if kind is FileKind.REGULAR:
+            with self._new_name(item, parent, name) as temporary:
+                self._copy_file(item, parent, temporary)
+            self.counts.files += 1
+        elif kind is FileKind.SYMLINK:
+            target = self._run(item, self._file_system.read_link(attributes.inode))
+            xattrs = self._read_xattrs(item)
+            with self._new_name(item, parent, name) as temporary, self._on_host(item, "making a symbolic link"):
+                os.symlink(target, temporary, dir_fd=parent)
+                self._give_attributes_by_name(item, parent, temporary, xattrs)
+            self.counts.links += 1
+        elif not self._make_node(item, parent, name):
+            return
+        if attributes.links > 1:
+            with self._on_host(item, "looking at the copy"):
+                self._seen[attributes.inode] = item.below, os.stat(name, dir_fd=parent, follow_symlinks=False)
+
+    def _make_directory(self, parent: int, name: bytes) -> int:
+        """A descriptor of the directory `name`, made unless it is there, and really one."""
+        if not name:
+            return os.open(b".", _DIRECTORY, dir_fd=parent)
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent)
+            self.counts.directories += 1
+        except FileExistsError:
+            if stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                message = "a symbolic link is where a directory should be; it is not followed"
+                raise ExistsError(message) from None
+        return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+
+    def _linked(self, item: _Item, parent: int, name: bytes) -> bool:
+        """Whether this is a further name of something that was copied, and was made so."""
+        known = self._seen.get(item.attributes.inode)
+        if known is None:
+            return False
+        below, status = known
+        top = self._places[1].fd
+        try:
+            with self._on_host(item, "linking"):
+                if _same(status, name, parent):
+                    return True
+            with self._new_name(item, parent, name) as temporary, self._on_host(item, "linking"):
+                os.link(below, temporary, src_dir_fd=top, dst_dir_fd=parent, follow_symlinks=False)
+                if not _same(status, temporary, parent):
+                    raise ExistsError("something else has taken the place of the copy")
+        except ODirectError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+                raise
+            self.counts.leave_out(item.below, "a hard link", error)
+            return False
+        return True
+
+    def _make_node(self, item: _Item, parent: int, name: bytes) -> bool:
+        """Whether a fifo, socket or device could be made."""
+        attributes = item.attributes
+        xattrs = self._read_xattrs(item)
+        try:
+            with self._new_name(item, parent, name) as temporary, self._on_host(item, "making it"):
+                os.mknod(temporary, stat.S_IFMT(attributes.mode) | 0o600, attributes.device_number, dir_fd=parent)
+                self._give_attributes_by_name(item, parent, temporary, xattrs)
+        except ODirectError as error:
+            if error.errno not in _NO_PRIVILEGE:
+                raise
+            self.counts.leave_out(item.below, f"a {attributes.kind.value}", error)
+            return False
+        self.counts.nodes += 1
+        return True
+
+    @contextlib.contextmanager
+    def _new_name(self, item: _Item, parent: int, name: bytes) -> Iterator[bytes]:
+        """A hidden name that nothing has; what is made there takes `name` in the end, or goes."""
+        with self._on_host(item, "looking for its name"):
+            try:
+                if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                    raise DirectoryError("a directory has that name, and is not replaced by what is none")
+            except FileNotFoundError:
+                pass
+            number = 0
+            while _is_there(temporary_name(name, number), parent):
+                number += 1
+        temporary = temporary_name(name, number)
+        try:
+            yield temporary
+            with self._on_host(item, "giving it its name"):
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+            raise
+
+    # Files.
+
+    def _copy_file(self, item: _Item, parent: int, temporary: bytes) -> None:
+        xattrs = self._read_xattrs(item)
+        with self._on_host(item, "creating"):
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+        try:
+            handle = self._run(item, self._file_system.open_file(item.attributes.inode, writable=False))
+            try:
+                self._fill(item, handle, fd)
+            finally:
+                self._run(item, handle.close())
+            with self._on_host(item, "setting the attributes"):
+                self._give_attributes(item, fd, xattrs)
+        finally:
+            os.close(fd)
+
+    def _fill(self, item: _Item, handle: VolumeFile, fd: int) -> None:
+        """Copy the bytes: each chunk is written while the next one is read."""
+        size = handle.size_bytes
+        ahead: Task[int] | None = None
+        done = 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: settle(self._runner, ahead))
+            writer: files.File | None = None
+            if size >= DIRECT_BYTES:
+                with self._on_host(item, "opening"):
+                    writer = stack.enter_context(files.open(f"/proc/self/fd/{fd}", "r+"))
+            pieces = self._pieces(item, handle, size)
+            piece = next(pieces, None)
+            view = self._buffers.next()
+            if piece is not None:
+                ahead = self._runner.start(tree.read_whole(handle, view[: piece[1]], piece[0]))
+            while piece is not None and ahead is not None:
+                (offset, length), taken = piece, view[: piece[1]]
+                self._finished(item, ahead, length)
+                ahead, piece = None, next(pieces, None)
+                if piece is not None:
+                    view = self._buffers.next()
+                    ahead = self._runner.start(tree.read_whole(handle, view[: piece[1]], piece[0]))
+                with self._on_host(item, "writing"):
+                    _write_full(fd if writer is None else writer, taken, offset)
+                self.counts.add(copied=length, skipped=max(0, offset - done))
+                done = offset + length
+            with self._on_host(item, "setting the size"):
+                os.ftruncate(fd, size)
+            self.counts.add(skipped=size - done)
+
+    def _pieces(self, item: _Item, handle: VolumeFile, size: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of what is to be moved, in order: what is no hole, in chunks."""
+        for window in range(0, size, _WINDOW_BYTES):
+            for extent in self._run(item, handle.extents(window, min(_WINDOW_BYTES, size - window))):
+                start, end = max(window, extent.offset), min(size, extent.offset + extent.length)
+                if extent.kind not in _HOLES and start < end:
+                    yield from chunks(start, min(end, window + _WINDOW_BYTES))
+
+    # Attributes.
+
+    def _read_xattrs(self, item: _Item) -> dict[bytes, bytes]:
+        if not self._keep:
+            return {}
+        return self._run(item, self._file_system.xattrs(item.attributes.inode))
+
+    def _give_attributes(self, item: _Item, fd: int, xattrs: dict[bytes, bytes]) -> None:
+        """Give an open file or directory what its original has."""
+        attributes = item.attributes
+        mode = stat.S_IMODE(attributes.mode)
+        if not self._keep:
+            os.fchmod(fd, mode & 0o777)
+            return
+        try:
+            os.fchown(fd, attributes.uid, attributes.gid)
+        except OSError as error:
+            if error.errno not in (*_NO_PRIVILEGE, errno.EINVAL):
+                raise
+            self.counts.leave_out(item.below, f"owner {attributes.uid}:{attributes.gid}", error)
+            # What would have run as the owner must not run as us.
+            mode &= 0o1777
+        # A new owner takes capabilities away, and permissions may forbid to add attributes: so in between.
+        for name, value in xattrs.items():
+            try:
+                if name.startswith(b"system."):
+                    raise OSError(errno.EOPNOTSUPP, "")  # Kept in the file system's own form.
+                os.setxattr(fd, name, value)
+            except OSError as error:
+                self.counts.leave_out(item.below, os.fsdecode(name), error)
+        os.fchmod(fd, mode)
+        os.utime(fd, ns=(attributes.atime_ns, attributes.mtime_ns))
+
+    def _give_attributes_by_name(self, item: _Item, parent: int, name: bytes, xattrs: dict[bytes, bytes]) -> None:
+        """The same for what cannot be opened: a symbolic link, a fifo, a device."""
+        attributes = item.attributes
+        is_link = attributes.kind is FileKind.SYMLINK
+        mode = stat.S_IMODE(attributes.mode)
+        if not self._keep:
+            if not is_link:
+                os.chmod(name, mode & 0o777, dir_fd=parent)
+            return
+        for attribute in xattrs:
+            self.counts.leave_out(item.below, os.fsdecode(attribute), OSError(errno.EOPNOTSUPP, ""))
+        try:
+            os.chown(name, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (*_NO_PRIVILEGE, errno.EINVAL):
+                raise
+            self.counts.leave_out(item.below, f"owner {attributes.uid}:{attributes.gid}", error)
+            mode &= 0o1777
+        if not is_link:
+            # Made by us, a moment ago, under a name that nobody knows.
+            os.chmod(name, mode, dir_fd=parent)
+        times = (attributes.atime_ns, attributes.mtime_ns)
+        os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    # How.
+
+    def _run(self, item: _Item, coroutine: Coroutine[Any, Any, T]) -> T:
+        """What `coroutine` returns; its errors name the path of `item` in the volume."""
+        return self._volume.run(coroutine, self._source_of(item))
+
+    def _finished(self, item: _Item, reading: Task[int], length: int) -> None:
+        try:
+            if finished(self._runner, reading) < length:
+                raise MissingError("it became shorter while it was copied")
+        except ODirectError as error:
+            named(error, self._source_of(item))
+            raise
+
+    def _source_of(self, item: _Item) -> str:
+        return os.fsdecode(os.path.join(self._source, item.below) if item.below else self._source)
+
+    def _on_host(self, item: _Item, doing: str) -> contextlib.AbstractContextManager[None]:
+        return on_host(doing, os.fsdecode(os.path.join(self._final, item.below) if item.below else self._final))
+
+
+def _find_target(source: bytes, host: bytes, top: _Item) -> tuple[int, bytes, bytes]:
+    """A descriptor of the directory that the top goes into, its name there (b"": it is that), and its path."""
+    is_directory = top.attributes.kind is FileKind.DIRECTORY
+    with on_host("opening the target", host):
+        if os.path.isdir(host):
+            name = os.path.basename(source)
+            final = host if name in (b"", b".", b"..") else os.path.join(host, name)
+            return os.open(host, _DIRECTORY), b"" if final is host else name, final
+        if host.endswith(b"/") and not is_directory:
+            raise MissingError("there is no such directory")
+        above, name = os.path.split(host.rstrip(b"/"))
+        return os.open(above or b".", _DIRECTORY), name, host
+
+
+def _is_there(name: bytes, parent: int) -> bool:
+    try:
+        os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _same(status: os.stat_result, name: bytes, parent: int) -> bool:
+    """Whether `name` is the file that `status` is of."""
+    try:
+        return os.path.samestat(os.stat(name, dir_fd=parent, follow_symlinks=False), status)
+    except FileNotFoundError:
+        return False
+
+
+def _write_full(target: int | files.File, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        if isinstance(target, int):
+            done += os.pwrite(target, view[done:], offset + done)
+        else:
+            done += target.pwrite(view[done:], offset + done)

@@ -1,0 +1,628 @@
+"""A file inside a volume, for synchronous callers: what `odirect.File` is for one that the kernel serves."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import io
+import operator
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+
+from odirect.base import trace
+from odirect.base.errors import ClosedError, ODirectError, UnsupportedError, WouldBlockError
+from odirect.block.bio import ATOMIC, FUA, READ, WRITE
+from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.device import Limits
+from odirect.block.file_device import FileDevice
+from odirect.dio import batch
+from odirect.dio.here import here
+from odirect.dio.mapping import Extent, ExtentKind
+from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
+from odirect.dio.requests import Request
+from odirect.fs.base import Access, Done, VolumeFile
+from odirect.fs.file import NodeFile
+from odirect.fs.paths import failure
+from odirect.sched.locks import Mutex
+from odirect.sched.traps import gather, this_scheduler
+from odirect.volume_runner import Runner, named
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+    from odirect.dio.requests import Requests
+
+T = TypeVar("T")
+Buffer = object  # anything with the buffer protocol
+
+_OPERATIONS = {"read": READ, "write": WRITE}
+#: Transfers in flight that a batch keeps unless told otherwise.
+BATCH_DEPTH = 64
+# How much of a file is looked through at once for data or a hole.
+_SEEK_BYTES = 1 << 30
+# How much `readall` asks for at once.
+_READ_BYTES = 8 << 20
+# What has bytes; space that was allocated and never written reads as zeroes.
+_DATA = (ExtentKind.MAPPED, ExtentKind.DELALLOC, ExtentKind.INLINE, ExtentKind.ENCODED)
+
+
+class OpenMode(NamedTuple):
+    """What a file was opened for, taken from one of the modes of `open`."""
+
+    shown: str
+    readable: bool
+    writable: bool
+    create: bool
+    exclusive: bool
+    truncate: bool
+    appends: bool
+
+
+def parse_mode(mode: str) -> OpenMode:
+    """The `OpenMode` of "r", "r+", "w", "w+", "x", "x+", "a" or "a+", "b" or not. ValueError for any other."""
+    plain = mode.replace("b", "", 1)
+    if plain not in ("r", "r+", "w", "w+", "x", "x+", "a", "a+"):
+        raise ValueError(f"mode {mode!r}: use one of r, r+, w, w+, x, x+, a, a+, with or without b")
+    return OpenMode(
+        shown=plain[0] + "b" + plain[1:],
+        readable=plain == "r" or "+" in plain,
+        writable=plain != "r",
+        create=plain[0] != "r",
+        exclusive=plain[0] == "x",
+        truncate=plain[0] == "w",
+        appends=plain[0] == "a",
+    )
+
+
+class FileInVolume(io.RawIOBase):
+    """An open file of a volume; works wherever a raw binary file does.
+
+    Transfers at a given offset (`pread`, `pwrite`, ...) may be made from several threads at once, and so
+    may all else; reads and writes at the position take turns. Every error carries the path as it was
+    given to `Volume.open`. Made by that.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        handle: VolumeFile,
+        path: str | bytes,
+        mode: OpenMode,
+        access: Access,
+        flags: int,
+        seen: Callable[[int, Outcome], Outcome],
+        volume: object,
+    ) -> None:
+        """runner: the volume's. seen: what becomes of an outcome by the image's own file system.
+
+        volume: kept as long as this is, because it closes itself when nobody has it any more.
+        """
+        super().__init__()
+        self._volume = volume
+        self.access: Access = access
+        self.mode = mode.shown
+        self.name = path
+        self._runner = runner
+        self._handle = handle
+        self._opened = mode
+        self._flags = (flags & ~(FUA | ATOMIC), flags)
+        self._seen = seen
+        self._tallies = Tallies()
+        self._position_lock = threading.RLock()
+        self._position = handle.size_bytes if mode.appends else 0
+        self._submission: _Submission | None = None
+
+    # What it is.
+
+    def fileno(self) -> int:
+        """Raises io.UnsupportedOperation: the kernel does not know this file."""
+        raise io.UnsupportedOperation("a file inside a volume has no descriptor")
+
+    def readable(self) -> bool:
+        """Whether it was opened for reading."""
+        self._check_open()
+        return self._opened.readable
+
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        self._check_open()
+        return self._opened.writable
+
+    def seekable(self) -> bool:
+        """True."""
+        self._check_open()
+        return True
+
+    @property
+    def inode(self) -> int:
+        """The number of its inode."""
+        return self._handle.inode
+
+    @property
+    def size(self) -> int:
+        """The present size in bytes."""
+        self._check_open()
+        return self._handle.size_bytes
+
+    @property
+    def limits(self) -> Limits:
+        """What a direct request must be aligned to, with the sources."""
+        return self._handle.limits
+
+    @property
+    def last_outcome(self) -> Outcome | None:
+        """How the last request went, of whichever thread; None before the first."""
+        return self._tallies.last
+
+    @property
+    def totals(self) -> dict[Outcome, Tally]:
+        """Operations and bytes for each outcome that there was."""
+        return self._tallies.totals()
+
+    def __repr__(self) -> str:
+        state = "closed " if self.closed else ""
+        return f"<{state}FileInVolume {os.fsdecode(self.name)!r} mode={self.mode!r} access={self.access!r}>"
+
+    # Transfers at an offset.
+
+    def preadinto(self, buffer: Buffer, offset: int) -> int:
+        """Read into `buffer` from byte `offset`; the number of bytes, 0 at the end of the file.
+
+        What lies past the bytes that are counted is left as it was (F02). Raises DeviceError,
+        CorruptionError, WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a
+        negative offset.
+        """
+        return self._transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
+        if length < 0:
+            raise ValueError(f"cannot read {length} bytes")
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        buffer = empty(max(0, min(length, self.size - offset)))
+        return bytes(buffer[: self.preadinto(buffer, offset)])
+
+    def pwrite(self, buffer: Buffer, offset: int) -> int:
+        """Write `buffer` at byte `offset`; the number of bytes, fewer only where the volume is full.
+
+        Raises NoSpaceError, ReadOnlyError, and what `preadinto` raises.
+        """
+        return self._transfer(WRITE, [as_bytes_view(buffer, writable=False)], offset)
+
+    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Read into the buffers in turn from byte `offset`; the number of bytes."""
+        return self._transfer(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Write the buffers in turn at byte `offset`; the number of bytes."""
+        return self._transfer(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
+
+    # The stream: io.RawIOBase, which has Any where None can come, so that it fits under io.BufferedReader.
+
+    def readinto(self, buffer: Buffer) -> int | Any:
+        """Read into `buffer` from the position, which moves; None if nowait would wait."""
+        with self._position_lock:
+            try:
+                count = self.preadinto(buffer, self._position)
+            except WouldBlockError:
+                return None
+            self._position += count
+            return count
+
+    def readall(self) -> bytes | Any:
+        """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
+        with self._position_lock:
+            pieces = []
+            try:
+                while piece := self.pread(_READ_BYTES, self._position):
+                    pieces.append(piece)
+                    self._position += len(piece)
+            except WouldBlockError:
+                if not pieces:
+                    return None
+            return b"".join(pieces)
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
+        if size is None or size < 0:
+            return self.readall()
+        with self._position_lock:
+            try:
+                data = self.pread(size, self._position)
+            except WouldBlockError:
+                return None
+            self._position += len(data)
+            return data
+
+    def write(self, buffer: Buffer, /) -> int | Any:
+        """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
+        view = as_bytes_view(buffer, writable=False)
+        with self._position_lock:
+            try:
+                if self._opened.appends:
+                    count, self._position = self._append(view)
+                    return count
+                count = self.pwrite(view, self._position)
+            except WouldBlockError:
+                return None
+            self._position += count
+            return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Move the position; whence is SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA or SEEK_HOLE."""
+        self._check_open()
+        offset = operator.index(offset)
+        with self._position_lock:
+            if whence == os.SEEK_CUR:
+                offset += self._position
+            elif whence == os.SEEK_END:
+                offset += self.size
+            elif whence in (os.SEEK_DATA, os.SEEK_HOLE):
+                offset = self._run(self._find(offset, data=whence == os.SEEK_DATA))
+            elif whence != os.SEEK_SET:
+                raise ValueError(f"whence {whence} is none of SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA, SEEK_HOLE")
+            if offset < 0:
+                raise ValueError(f"the position cannot be {offset}")
+            self._position = offset
+            return offset
+
+    def tell(self) -> int:
+        """The position in bytes."""
+        self._check_open()
+        return self._position
+
+    # The file as a whole.
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Make the file `size` bytes long (default: up to the position); the new size."""
+        self._check_usable(WRITE)
+        size = self._position if size is None else operator.index(size)
+        if size < 0:
+            raise ValueError(f"a file cannot have {size} bytes")
+        self._run(self._handle.truncate(size))
+        return size
+
+    def fallocate(
+        self, offset: int, length: int, *, punch: bool = False, zero: bool = False, keep_size: bool = False
+    ) -> None:
+        """Punch a hole into [offset, offset+length), or make it read as zeroes, growing the file unless keep_size.
+
+        Reserving space (neither of the two) is UnsupportedError: no file system here keeps space unwritten.
+        """
+        self._check_usable(WRITE)
+        offset, length = operator.index(offset), operator.index(length)
+        if offset < 0 or length <= 0:
+            raise ValueError(f"{length} bytes at {offset} is not a range")
+        if punch and zero:
+            raise ValueError("punch and zero exclude each other")
+        if not punch and not zero:
+            raise UnsupportedError("space cannot be reserved in this file system", path=self.name)
+        self._run(self._clear(offset, length, grow=zero and not keep_size))
+
+    def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
+        """Where the bytes are on the device, holes included, in order, up to the size rounded up to a block."""
+        length = max(0, self.size - offset) if length is None else length
+        if offset < 0 or length < 0:
+            raise ValueError(f"{length} bytes at {offset} is not a range")
+        return self._run(self._handle.extents(offset, length))
+
+    def sync(self, *, data_only: bool = False) -> None:
+        """Make everything written durable: fsync, or fdatasync. Tells once of each write-back that failed (F41)."""
+        self._run(self._handle.sync(data_only=data_only))
+
+    def flush(self) -> None:
+        """Nothing: a raw file holds nothing back. `sync` makes data durable."""
+        if self.closed:
+            raise ClosedError("the file is closed", path=self.name)
+
+    def close(self) -> None:
+        """Wait for what was submitted, write back what went through the cache, and close. Twice is harmless."""
+        if self.closed:
+            return
+        if self._runner.closed or self._runner.forked:
+            super().close()  # The volume has closed it already; or it is the parent's to close.
+            return
+        self._runner.check_outside()
+        try:
+            if self._submission is not None:
+                self._submission.drain()
+        finally:
+            super().close()
+            self._run_anyhow(self._handle.close())
+
+    def __del__(self) -> None:
+        # Thrown away, at any moment, perhaps in the middle of a step: it is closed with the next call.
+        if hasattr(self, "_submission") and not self.closed:
+            self._runner.abandon(self._handle)
+            super().close()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("an open file cannot be copied or pickled")
+
+    # Many at once.
+
+    def read_batch(
+        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, out: Buffer, *, depth: int = BATCH_DEPTH
+    ) -> NDArray[numpy.int64]:
+        """Read `length` bytes at each of `offsets` into `out`, one after the other; bytes read for each.
+
+        out: at least len(offsets) * length bytes, writable. depth: how many are in flight at once.
+        A count is short only at the end of the file. Raises the error of the first element (by
+        position) that failed, after all have been tried.
+        """
+        return self._batch(READ, offsets, length, out, depth)
+
+    def write_batch(
+        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, data: Buffer, *, depth: int = BATCH_DEPTH
+    ) -> NDArray[numpy.int64]:
+        """Write consecutive runs of `length` bytes of `data` at each of `offsets`; bytes written for each.
+
+        Elements that overlap land in any order. Those that make the file grow go last, in order of
+        offset, so that its size never runs ahead of its data (F03). Errors as in `read_batch`.
+        """
+        return self._batch(WRITE, offsets, length, data, depth)
+
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: Buffer, tag: object = None) -> Request:
+        """Start a transfer and return at once (B07); `completions` gives it back when it is done.
+
+        The buffer belongs to the device until then. Requests that grow the file are done in the
+        order in which they were submitted (G04, F03).
+        """
+        number = _OPERATIONS.get(op)
+        if number is None:
+            raise ValueError(f"operation {op!r}: use 'read' or 'write'")
+        self._check_usable(number)
+        offset = operator.index(offset)
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        view = as_bytes_view(buffer, writable=number == READ)
+        if self._submission is None:
+            self._submission = _Submission(self)
+        return self._submission.submit(number, offset, buffer, view, tag)
+
+    def completions(self) -> Iterator[Request]:
+        """Requests of `submit` as they finish, each once, until none is left; more may be submitted meanwhile."""
+        if self._submission is None:
+            return iter(())
+        return self._submission.completions()
+
+    # How.
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the file is closed", path=self.name)
+        self._runner.check()
+
+    def _check_usable(self, op: int) -> None:
+        self._check_open()
+        if not (self._opened.readable if op == READ else self._opened.writable):
+            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self.closed:
+            coroutine.close()
+            raise ClosedError("the file is closed", path=self.name)
+        return self._run_anyhow(coroutine)
+
+    def _run_anyhow(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._runner.run(coroutine)
+        except ODirectError as error:
+            named(error, self.name)
+            raise
+
+    async def _move(self, op: int, offset: int | None, segments: Sequence[memoryview]) -> Done:
+        """One request, counted, however it was started."""
+        flags = self._flags[op]
+        if op == READ:
+            done = await self._handle.read(cast(int, offset), segments, access=self.access, flags=flags)
+        else:
+            done = await self._handle.write(offset, segments, access=self.access, flags=flags)
+        done = done._replace(outcome=self._seen(op, done.outcome))
+        self._tallies.add(done.outcome, done.transferred)
+        return done
+
+    def _transfer(self, op: int, segments: Sequence[memoryview], offset: int) -> int:
+        self._check_usable(op)
+        offset = operator.index(offset)
+        if offset < 0:
+            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        segments = [segment for segment in segments if len(segment)]
+        return self._run(self._move(op, offset, segments)).transferred
+
+    def _append(self, view: memoryview) -> tuple[int, int]:
+        """How many bytes were added, and the size right after that."""
+        self._check_usable(WRITE)
+
+        async def append() -> tuple[int, int]:
+            done = await self._move(WRITE, None, [view] if len(view) else [])
+            return done.transferred, self._handle.size_bytes
+
+        return self._run(append())
+
+    async def _find(self, offset: int, *, data: bool) -> int:
+        """The first byte at or past `offset` that is data, or in a hole (there is one at the end)."""
+        size = self._handle.size_bytes
+        if not 0 <= offset < size:
+            raise failure(errno.ENXIO, f"seeking from {offset}")
+        for start in range(offset, size, _SEEK_BYTES):
+            for extent in await self._handle.extents(start, min(_SEEK_BYTES, size - start)):
+                end = extent.offset + extent.length
+                if end > offset and (extent.kind in _DATA) is data and max(extent.offset, offset) < size:
+                    return max(extent.offset, offset)
+        if data:
+            raise failure(errno.ENXIO, f"seeking data from {offset}")
+        return size
+
+    async def _clear(self, offset: int, length: int, *, grow: bool) -> None:
+        await self._handle.punch(offset, length)
+        if grow and offset + length > self._handle.size_bytes:
+            await self._handle.truncate(offset + length)
+
+    def _batch(
+        self, op: int, offsets: Sequence[int] | NDArray[numpy.int64], length: int, buffer: Buffer, depth: int
+    ) -> NDArray[numpy.int64]:
+        import numpy
+
+        self._check_usable(op)
+        given = numpy.asarray(offsets)
+        if given.size and given.dtype.kind not in "iu":
+            raise TypeError(f"offsets must be whole numbers, not {given.dtype}")
+        offsets_array = numpy.ascontiguousarray(given, dtype=numpy.int64)
+        places: list[int] = offsets_array.tolist()
+        view = as_bytes_view(buffer, writable=op == READ)
+        if given.ndim != 1 or length < 0 or depth < 1:
+            raise ValueError("a batch takes a flat list of offsets, a length of at least 0, and a depth of at least 1")
+        if len(view) < len(places) * length:
+            raise ValueError(f"{len(places)} transfers of {length} bytes need more than the {len(view)} bytes given")
+        if places and min(places) < 0:
+            first = next(number for number, place in enumerate(places) if place < 0)
+            raise ValueError(f"offset {first} of the batch is {places[first]}, which is negative")
+        results = numpy.zeros(len(places), dtype=numpy.int64)
+        left = list(range(len(places)))
+        if self._has_native_loop(op) and length and places:
+            self._batch_natively(op, offsets_array, length, view, depth, results)
+            left = numpy.flatnonzero(results != length).tolist()
+        if left:
+            self._run(self._batch_by_tasks(op, left, places, length, view, depth, results))
+        return results
+
+    def _has_native_loop(self, op: int) -> bool:
+        """Whether transfers may go past the volume, between the caller's memory and a descriptor."""
+        handle = self._handle
+        return (
+            self.access != "buffered"
+            and not self._flags[op]
+            and trace.active is None
+            and isinstance(handle, NodeFile)
+            and isinstance(handle.node.home.device, FileDevice)
+        )
+
+    def _batch_natively(
+        self,
+        op: int,
+        offsets: NDArray[numpy.int64],
+        length: int,
+        view: memoryview,
+        depth: int,
+        results: NDArray[numpy.int64],
+    ) -> None:
+        """Do what is simple of a batch on this thread's ring; `results` has the length for each that is done."""
+        handle = cast(NodeFile, self._handle)
+        device = cast(FileDevice, handle.node.home.device)
+        addrs = self._run(handle.begin_batch(op, offsets, length))
+        try:
+            ring = here().idle_ring()
+            for first, last in batch.simple_runs(device.limits, op, view, addrs, length, device.size_bytes):
+                part, answers = view[first * length : last * length], results[first:last]
+                batch.run_natively(ring, device.fd, op, part, addrs[first:last], length, 0, answers, depth)
+        finally:
+            self._run_anyhow(handle.end_batch(op))
+        whole = int((results == length).sum())
+        if whole:
+            promise = Promise.NONE if op == READ else Promise.DEVICE
+            outcome = self._seen(op, Outcome(Kind.DIRECT, promise=promise))
+            self._tallies.add(outcome, whole * length, whole)
+
+    async def _batch_by_tasks(
+        self,
+        op: int,
+        left: list[int],
+        places: list[int],
+        length: int,
+        view: memoryview,
+        depth: int,
+        results: NDArray[numpy.int64],
+    ) -> None:
+        """Each of `left` as a task, `depth` at once; what grows the file one by one, lowest offset first (F03)."""
+        size = self._handle.size_bytes
+        growing = [number for number in left if op == WRITE and places[number] + length > size]
+        growing.sort(key=lambda number: places[number])
+        late = set(growing)
+        turns = iter([number for number in left if number not in late])
+        failed: dict[int, BaseException] = {}
+
+        async def one(number: int) -> bool:
+            part = view[number * length : (number + 1) * length]
+            try:
+                done = await self._move(op, places[number], [part] if length else [])
+            except Exception as error:
+                failed[number] = error
+                return False
+            results[number] = done.transferred
+            return True
+
+        async def work() -> None:
+            for number in turns:
+                await one(number)
+
+        scheduler = await this_scheduler()
+        await gather(*[scheduler.spawn(work()) for _ in range(min(depth, len(left) - len(growing)))])
+        for number in growing:
+            if not await one(number):
+                break  # What lies above it would leave a hole below the size.
+        if failed:
+            raise failed[min(failed)]
+
+
+class _Submission:
+    """Requests in flight of one file, for `submit` and `completions`: each a task of the volume's scheduler."""
+
+    def __init__(self, file: FileInVolume) -> None:
+        self._file = file
+        self._growing = Mutex()
+        self._pending = 0
+        self._finished: collections.deque[Request] = collections.deque()
+
+    def submit(self, op: int, offset: int, buffer: object, view: memoryview, tag: object) -> Request:
+        """See `FileInVolume.submit`."""
+        # What a ring would tell it, its task does.
+        request = Request(cast("Requests", None), op, offset, len(view), buffer, tag)
+        self._pending += 1
+        try:
+            self._file._runner.start(self._work(request, view))
+        except BaseException:
+            self._pending -= 1
+            raise
+        return request
+
+    def completions(self) -> Iterator[Request]:
+        """See `FileInVolume.completions`."""
+        while True:
+            while self._finished:
+                yield self._finished.popleft()
+            if not self._pending:
+                return
+            self._file._runner.wait_until(lambda: self._finished or not self._pending)
+
+    def drain(self) -> None:
+        """Wait for everything in flight; requests that nobody asked for are dropped."""
+        if self._pending:
+            self._file._runner.wait_until(lambda: not self._pending)
+
+    async def _work(self, request: Request, view: memoryview) -> None:
+        failed: BaseException | None = None
+        done: Done | None = None
+        try:
+            done = await self._in_turn(request, [view] if len(view) else [])
+        except ODirectError as error:
+            failed = named(error, self._file.name)
+        except BaseException as error:
+            failed = error
+        request.exception = failed
+        request.outcome = None if done is None else done.outcome
+        request.transferred = 0 if done is None else done.transferred
+        self._pending -= 1
+        self._finished.append(request)
+
+    async def _in_turn(self, request: Request, segments: list[memoryview]) -> Done:
+        """The request itself; those that grow the file wait for one another, in order (G04)."""
+        file = self._file
+        if request.op == WRITE and request.offset + request.length > file._handle.size_bytes:
+            with await self._growing.hold():
+                return await file._move(WRITE, request.offset, segments)
+        return await file._move(request.op, request.offset, segments)

@@ -1,0 +1,193 @@
+"""The image file or block device of a volume: opened past the page cache, locked, and given a ring.
+
+Several readers, or one writer: an advisory lock (flock) says so to other programs that use this package
+or heed such locks, O_EXCL to the kernel and to everybody who asks it, and mounts, loop devices and
+swap are looked for by `block.in_use`.
+Source: flock(2), open(2) under O_EXCL, F34.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+
+from odirect.base.errors import InUseError, from_errno
+from odirect.block.bio import READ, WRITE
+from odirect.block.cached_file import CachedFileDevice
+from odirect.block.device import BlockDevice, Limits
+from odirect.block.file_device import FileDevice
+from odirect.block.queue import RingQueue
+from odirect.dio.opening import Opened, Path, open_file
+from odirect.dio.outcome import Kind, Outcome, Reason
+from odirect.ring.choose import open_ring
+from odirect.sched.scheduler import Scheduler
+
+# Threads for an image whose direct I/O is refused.
+_CACHE_WORKERS = 4
+_PAST_THE_CACHE = (Kind.DIRECT, Kind.BOUNCED)
+
+
+class Image:
+    """What a volume is on. `device` goes past the page cache where `is_direct`, and `scheduler` polls it.
+
+    reasons: for READ and WRITE, why what reaches the device is in the page cache after all.
+    """
+
+    def __init__(self, opened: Opened, hold_fd: int, name: str) -> None:
+        self.name = name
+        self.scheduler = Scheduler()
+        self._opened = opened
+        self._hold_fd = hold_fd
+        self._queue: RingQueue | None = None
+        self.device: BlockDevice
+        self.reasons: dict[int, Reason] = dict(opened.state.refused) or dict(opened.state.cached)
+        if opened.direct_fd < 0:
+            self._use_cache()
+            return
+        self._queue = RingQueue(open_ring(shared=True))
+        try:
+            self.device = FileDevice(self._queue, opened.direct_fd, opened.state.limits)
+        except BaseException:
+            self._queue.close()
+            raise
+        self.scheduler.add_device(self._queue)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether its bytes go past the page cache, as far as is known."""
+        return not self.reasons
+
+    @property
+    def limits(self) -> Limits:
+        """The device's, each with its source."""
+        return self.device.limits
+
+    @property
+    def align_bytes(self) -> int:
+        """What every transfer's offset and length must be multiples of."""
+        return max(self.limits.read_align, self.limits.write_align)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[BlockDevice]:
+        """The same bytes through the page cache, for a look at them in pieces that the device does not take."""
+        device = CachedFileDevice(self._opened.cached_fd, workers=1)
+        self.scheduler.add_device(device)
+        try:
+            yield device
+        finally:
+            self.scheduler.remove_device(device)
+            device.close()
+
+    def use_cache(self) -> None:
+        """Go through the page cache from now on, because the volume's blocks are smaller than the device's."""
+        self._close_device()
+        self.reasons = {READ: Reason.MISALIGNED_LENGTH, WRITE: Reason.MISALIGNED_LENGTH}
+        self._use_cache()
+
+    def seen(self, op: int, outcome: Outcome) -> Outcome:
+        """The outcome of a transfer of the volume, with what the image's own file system does to it."""
+        reason = self.reasons.get(op)
+        if reason is None or outcome.kind not in _PAST_THE_CACHE:
+            return outcome
+        return Outcome(Kind.BUFFERED, reason, outcome.promise)
+
+    def close(self) -> None:
+        """Wait for what is in flight, unlock, close. Twice is harmless."""
+        self._close_device()
+        if self._opened.cached_fd >= 0:
+            # By hand: a forked child may still have our descriptors, and with them the lock.
+            try:
+                fcntl.flock(self._opened.cached_fd, fcntl.LOCK_UN)
+            except OSError:
+                pass  # It was never locked, where locks are not to be had.
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptors and nothing else: for a forked child, whose parent goes on."""
+        hold_fd, self._hold_fd = self._hold_fd, -1
+        if hold_fd >= 0:
+            os.close(hold_fd)
+        self._opened.close()
+
+    def _use_cache(self) -> None:
+        self.device = device = CachedFileDevice(self._opened.cached_fd, workers=_CACHE_WORKERS)
+        self.scheduler.add_device(device)
+
+    def _close_device(self) -> None:
+        queue, self._queue = self._queue, None
+        if queue is None:
+            if isinstance(self.device, CachedFileDevice):
+                self.scheduler.remove_device(self.device)
+                self.device.close()
+            return
+        self.device.close()
+        self.scheduler.remove_device(queue)
+        queue.close()
+
+
+def open_image(path: Path, *, writable: bool, overwrite_in_use: bool = False) -> Image:
+    """The image file or block device at `path`, locked: shared for reading, alone for writing.
+
+    Raises InUseError with the reason, and the errors of `dio.opening.open_file`.
+    """
+    opened = open_file(path, "r+" if writable else "r", overwrite_in_use=overwrite_in_use)
+    hold_fd = -1
+    try:
+        _lock(opened, writable)
+        if writable and opened.state.is_block and not overwrite_in_use:
+            hold_fd = _claim(opened)
+        return Image(opened, hold_fd, os.fsdecode(path))
+    except BaseException:
+        if hold_fd >= 0:
+            os.close(hold_fd)
+        opened.close()
+        raise
+
+
+def _lock(opened: Opened, writable: bool) -> None:
+    fd = opened.cached_fd
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno != errno.EWOULDBLOCK:
+            return  # A file system without locks; who else is at it cannot be known there.
+        verb = "write to" if writable else "read"
+        holder = _holder(fd)
+        raise InUseError(
+            f"will not {verb} it: {holder} has locked it (flock), as one that has a volume open does; "
+            f"close that first{'' if writable else ' (it is open there for writing)'}",
+            path=opened.state.path,
+        ) from None
+
+
+def _holder(fd: int) -> str:
+    """Who has the lock, as far as the kernel tells."""
+    status = os.fstat(fd)
+    identity = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    try:
+        with open("/proc/locks", encoding="ascii") as locks:
+            for line in locks:
+                fields = line.split()
+                if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == identity:
+                    number = int(fields[4])
+                    if number == os.getpid():
+                        return "this very process"
+                    with open(f"/proc/{number}/comm", encoding="utf-8", errors="replace") as name:
+                        return f"process {number} ({name.read().strip()})"
+    except (OSError, ValueError):
+        pass  # It has gone, or is not to be seen from here.
+    return "another process"
+
+
+def _claim(opened: Opened) -> int:
+    """A descriptor that holds the block device against mounts, and against others who ask as we do."""
+    try:
+        return os.open(f"/proc/self/fd/{opened.cached_fd}", os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            message = "will not write to it: it has just been mounted or claimed"
+            raise InUseError(message, path=opened.state.path) from error
+        raise from_errno(error.errno or errno.EIO, "claiming", opened.state.path) from error

@@ -1,0 +1,396 @@
+"""Paths inside a volume, in the manner of `pathlib`."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import io
+import os
+import re
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from odirect.base.errors import ExistsError, MissingError, ODirectError
+from odirect.fs.base import Access
+from odirect.fs.paths import MOST_LINKS
+from odirect.volume_file import FileInVolume
+from odirect.volume_names import InVolume, VolumeNames
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+class VolumePath(InVolume):
+    """A path inside an open volume; always absolute, since a volume has no working directory.
+
+    `volume / "etc" / "hosts"` makes one. Equal, and hashed alike, for equal paths of one volume. Nothing
+    is asked of the volume until a method needs it. ".." is kept, as pathlib does, because a symbolic link may be
+    before it. It is no `os.PathLike` on purpose: `open` and its like would take it for a path of the host.
+    Names that are no UTF-8 are text by `os.fsdecode`.
+    """
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, volume: VolumeNames, *segments: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> None:
+        parts: list[str] = []
+        for segment in segments:
+            text = os.fsdecode(segment)
+            if text.startswith("/"):
+                parts.clear()
+            parts += [part for part in text.split("/") if part not in ("", ".")]
+        self._parts = tuple(parts)
+        super().__init__(volume, "/" + "/".join(parts))
+
+    # Names.
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The root "/", and the names below it."""
+        return ("/", *self._parts)
+
+    @property
+    def name(self) -> str:
+        """The last name, "" for the root."""
+        return self._parts[-1] if self._parts else ""
+
+    @property
+    def suffix(self) -> str:
+        """The last name's ending with its dot, or ""."""
+        stem, dot, ending = self.name.rpartition(".")
+        return dot + ending if stem and ending else ""
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All endings of the last name, each with its dot."""
+        if self.name.endswith("."):
+            return []
+        return ["." + ending for ending in self.name.lstrip(".").split(".")[1:]]
+
+    @property
+    def stem(self) -> str:
+        """The last name without its last ending."""
+        return self.name[: len(self.name) - len(self.suffix)]
+
+    @property
+    def parent(self) -> VolumePath:
+        """The path without its last name; the root's is the root."""
+        return self._made(self._parts[:-1])
+
+    @property
+    def parents(self) -> list[VolumePath]:
+        """All paths above, the nearest first."""
+        return [self._made(self._parts[:count]) for count in reversed(range(len(self._parts)))]
+
+    def joinpath(self, *segments: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
+        """This path with the segments behind it; one that begins with a slash starts anew at the root."""
+        return VolumePath(self.volume, self.path, *segments)
+
+    def __truediv__(self, segment: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
+        return self.joinpath(segment)
+
+    def with_name(self, name: str) -> VolumePath:
+        """This path with another last name. ValueError if that is none, or this is the root."""
+        if not self._parts or not name or "/" in name or name == ".":
+            raise ValueError(f"{self.path} cannot have the name {name!r}")
+        return self._made((*self._parts[:-1], name))
+
+    def with_suffix(self, suffix: str) -> VolumePath:
+        """This path with another ending ("" for none). ValueError if it is none."""
+        if suffix and (not suffix.startswith(".") or suffix == "." or "/" in suffix):
+            raise ValueError(f"{suffix!r} is no suffix")
+        return self.with_name(self.stem + suffix)
+
+    def relative_to(self, other: VolumePath) -> str:
+        """This path as seen from `other`, which must be it or above it (ValueError)."""
+        count = len(other._parts)
+        if other.volume is not self.volume or self._parts[:count] != other._parts:
+            raise ValueError(f"{self.path} is not below {other.path}")
+        return "/".join(self._parts[count:]) or "."
+
+    def is_relative_to(self, other: VolumePath) -> bool:
+        """Whether `other` is this path or above it."""
+        return other.volume is self.volume and self._parts[: len(other._parts)] == other._parts
+
+    def match(self, pattern: str) -> bool:
+        """Whether the last names match those of a glob pattern (all of them, if it begins with a slash)."""
+        wanted = [part for part in pattern.split("/") if part]
+        if not wanted:
+            raise ValueError("an empty pattern")
+        if len(wanted) > len(self._parts) or (pattern.startswith("/") and len(wanted) != len(self._parts)):
+            return False
+        return all(
+            fnmatch.fnmatchcase(part, want) for part, want in zip(self._parts[-len(wanted) :], wanted, strict=True)
+        )
+
+    def as_posix(self) -> str:
+        """The path as text."""
+        return self.path
+
+    def __str__(self) -> str:
+        return self.path
+
+    def __bytes__(self) -> bytes:
+        return os.fsencode(self.path)
+
+    def __repr__(self) -> str:
+        return f"VolumePath({self.path!r})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, VolumePath):
+            return NotImplemented
+        return self.volume is other.volume and self._parts == other._parts
+
+    def __lt__(self, other: VolumePath) -> bool:
+        if not isinstance(other, VolumePath) or other.volume is not self.volume:
+            return NotImplemented
+        return self._parts < other._parts
+
+    def __hash__(self) -> int:
+        return hash((id(self.volume), self._parts))
+
+    # Looking.
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """What is there."""
+        return self.volume.stat(self, follow_symlinks=follow_symlinks)
+
+    def lstat(self) -> os.stat_result:
+        """What is there, be it a symbolic link."""
+        return self.volume.lstat(self)
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything."""
+        return self.volume.exists(self, follow_symlinks=follow_symlinks)
+
+    def is_dir(self) -> bool:
+        """Whether it is a directory, or leads to one."""
+        return self.volume.is_dir(self)
+
+    def is_file(self) -> bool:
+        """Whether it is a regular file, or leads to one."""
+        return self.volume.is_file(self)
+
+    def is_symlink(self) -> bool:
+        """Whether it is a symbolic link."""
+        return self.volume.is_symlink(self)
+
+    def is_mount(self) -> bool:
+        """Whether it is the root: nothing is mounted inside a volume."""
+        return not self._parts
+
+    def samefile(self, other: VolumePath) -> bool:
+        """Whether both lead to one inode."""
+        return self.volume is other.volume and os.path.samestat(self.stat(), other.stat())
+
+    def resolve(self, strict: bool = False) -> VolumePath:
+        """The path of the same thing with no symbolic link and no ".." in it.
+
+        What is missing is taken as it is written, unless strict. Raises PathError for links in a ring.
+        """
+        if strict:
+            self.stat()
+        done: list[str] = []
+        ahead = list(reversed(self._parts))
+        links = 0
+        while ahead:
+            part = ahead.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                del done[-1:]
+                continue
+            place = self._made((*done, part))
+            try:
+                target = self.volume.readlink(place)
+            except ODirectError as error:
+                if not isinstance(error, (MissingError, NotADirectoryError)) and error.errno != errno.EINVAL:
+                    raise
+                done.append(part)
+                continue
+            links += 1
+            if links > MOST_LINKS:
+                self.stat()  # It says so better.
+                break
+            if target.startswith("/"):
+                done.clear()
+            ahead += reversed(target.split("/"))
+        return self._made(tuple(done))
+
+    def iterdir(self) -> Iterator[VolumePath]:
+        """Everything in this directory."""
+        for name in self.volume.listdir(self.path):
+            yield self._made((*self._parts, name))
+
+    def glob(self, pattern: str) -> Iterator[VolumePath]:
+        """What is below this directory and matches: "*.txt", "*/name", "**" for any number of directories.
+
+        Links are followed by a name or "*", not by "**". Raises ValueError for an empty or absolute pattern.
+        """
+        if not pattern or pattern.startswith("/"):
+            raise ValueError(f"{pattern!r} is no relative pattern")
+        parts = [part for part in pattern.split("/") if part not in ("", ".")]
+        seen: set[VolumePath] = set()
+        for found in self._select(parts, directory_wanted=pattern.endswith("/")):
+            if found not in seen:
+                seen.add(found)
+                yield found
+
+    def rglob(self, pattern: str) -> Iterator[VolumePath]:
+        """What matches in this directory and at any depth below it."""
+        return self.glob(f"**/{pattern}")
+
+    def walk(self, top_down: bool = True) -> Iterator[tuple[VolumePath, list[str], list[str]]]:
+        """(directory, names of directories, other names) for this directory and all below."""
+        for place, directories, others in self.volume.walk(self.path, topdown=top_down):
+            yield VolumePath(self.volume, place), directories, others
+
+    def readlink(self) -> str:
+        """Where the symbolic link leads, as it is written."""
+        return self.volume.readlink(self)
+
+    # Files.
+
+    def open(
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        *,
+        access: Access = "auto",
+    ) -> IO[Any]:
+        """A file object as the built-in `open` gives it: text, or with "b" buffered bytes, or raw with buffering=0.
+
+        `Volume.open` has all that a raw file can do.
+        """
+        is_binary = "b" in mode
+        if buffering == 0 and not is_binary:
+            raise ValueError("text cannot be unbuffered")
+        if is_binary and (encoding or errors or newline):
+            raise ValueError("bytes have no encoding, errors or newline")
+        raw = self.volume.open(self, mode.replace("t", "", 1) if not is_binary else mode, access=access)
+        if buffering == 0:
+            return cast("IO[Any]", raw)
+        try:
+            size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
+            buffered = _buffered(raw, mode, size)
+            if is_binary:
+                return cast("IO[Any]", buffered)
+            return io.TextIOWrapper(
+                cast("io.BufferedRandom", buffered), encoding or "utf-8", errors, newline, line_buffering=buffering == 1
+            )
+        except BaseException:
+            raw.close()
+            raise
+
+    def read_bytes(self) -> bytes:
+        """All bytes of the file."""
+        return self.volume.read_bytes(self)
+
+    def write_bytes(self, data: object) -> int:
+        """How many bytes were written: all of `data`, which the file then holds."""
+        return self.volume.write_bytes(self, data)
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """The file's text, with every line's end as "\\n"."""
+        return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding, errors).read()
+
+    def write_text(self, text: str, encoding: str = "utf-8", errors: str = "strict") -> int:
+        """How many characters were written: all of `text`, which the file then holds."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be str, not {type(text).__name__}")
+        self.write_bytes(text.encode(encoding, errors))
+        return len(text)
+
+    def touch(self, mode: int = 0o644, exist_ok: bool = True) -> None:
+        """Make an empty file, or set the times of what is there to now."""
+        if exist_ok:
+            try:
+                self.volume.utime(self)
+                return
+            except MissingError:
+                pass
+        try:
+            self.volume.open(self, "x", permissions=mode).close()
+        except ExistsError:
+            if not exist_ok:
+                raise
+
+    # Changing.
+
+    def mkdir(self, mode: int = 0o755, parents: bool = False, exist_ok: bool = False) -> None:
+        """Make this directory."""
+        self.volume.mkdir(self, mode, parents=parents, exist_ok=exist_ok)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Remove this name of what is no directory."""
+        try:
+            self.volume.remove(self)
+        except MissingError:
+            if not missing_ok:
+                raise
+
+    def rmdir(self) -> None:
+        """Remove this empty directory."""
+        self.volume.rmdir(self)
+
+    def rename(self, target: str | VolumePath) -> VolumePath:
+        """The new path, once this has been moved there, over what is there as rename(2) has it."""
+        path = target if isinstance(target, VolumePath) else VolumePath(self.volume, target)
+        self.volume.rename(self, path)
+        return path
+
+    replace = rename
+
+    def symlink_to(
+        self, target: str | bytes | os.PathLike[str] | VolumePath, target_is_directory: bool = False
+    ) -> None:
+        """Make this a symbolic link to `target`."""
+        self.volume.symlink(target.path if isinstance(target, VolumePath) else target, self)
+
+    def hardlink_to(self, target: str | VolumePath) -> None:
+        """Make this one more name of what is at `target`."""
+        self.volume.link(target, self)
+
+    def chmod(self, mode: int, *, follow_symlinks: bool = True) -> None:
+        """Set the permissions."""
+        self.volume.chmod(self, mode, follow_symlinks=follow_symlinks)
+
+    # How.
+
+    def _made(self, parts: tuple[str, ...]) -> VolumePath:
+        return VolumePath(self.volume, "/", *parts)
+
+    def _select(self, parts: list[str], *, directory_wanted: bool) -> Iterator[VolumePath]:
+        if not parts:
+            if not directory_wanted or self.is_dir():
+                yield self
+            return
+        first, rest = parts[0], parts[1:]
+        if first == "**":
+            for place, _, _ in self.volume.walk(self.path):
+                below = VolumePath(self.volume, place)
+                if rest:
+                    yield from below._select(rest, directory_wanted=directory_wanted)
+                else:
+                    yield below
+            return
+        if first == ".." or not _MAGIC.search(first):
+            found = self._made((*self._parts, first))
+            if found.exists(follow_symlinks=bool(rest)):
+                yield from found._select(rest, directory_wanted=directory_wanted)
+            return
+        matches = re.compile(fnmatch.translate(first)).match
+        try:
+            with self.volume.scandir(self.path) as entries:
+                chosen = [entry.name for entry in entries if matches(entry.name) and (not rest or entry.is_dir())]
+        except (MissingError, NotADirectoryError):
+            return
+        for name in chosen:
+            yield from self._made((*self._parts, name))._select(rest, directory_wanted=directory_wanted)
+
+
+def _buffered(raw: FileInVolume, mode: str, size: int) -> io.BufferedIOBase:
+    if "+" in mode:
+        return io.BufferedRandom(raw, size)
+    return io.BufferedReader(raw, size) if mode[0] == "r" else io.BufferedWriter(raw, size)

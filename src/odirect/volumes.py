@@ -1,0 +1,317 @@
+"""`odirect.open_volume`: file systems inside image files and block devices that are not mounted.
+
+    with odirect.open_volume("disk.img", "r+") as volume:
+        print(volume.listdir("/"))
+        with volume.open("/data.bin", "r+") as file:
+            file.preadinto(odirect.empty(1 << 20), 0)
+            print(file.last_outcome)            # direct
+        (volume / "etc" / "hosts").write_text("127.0.0.1 localhost\\n")
+
+No mount, no root, no kernel module: the file system runs here, over the image opened past the page cache.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+
+from odirect.base.errors import ODirectError
+from odirect.block.device import BlockDevice, Limits
+from odirect.dio.opening import Path
+from odirect.dio.outcome import Outcome
+from odirect.fs.base import FileSystem, Finding
+from odirect.fs.tree import ROOT, Owner
+from odirect.sched.clock import wall_ns
+from odirect.volume_copy import Progress, TreeReport
+from odirect.volume_copy_in import copy_in
+from odirect.volume_copy_out import copy_out
+from odirect.volume_entries import statvfs_result
+from odirect.volume_names import AnyPath, VolumeNames
+from odirect.volume_opening import Image, open_image
+from odirect.volume_path import VolumePath
+from odirect.volume_runner import Runner, named
+
+__all__ = ["Volume", "open_volume"]
+
+
+def open_volume(
+    path: Path,
+    mode: str = "r",
+    *,
+    overwrite_in_use: bool = False,
+    owner: tuple[int, int] | None = None,
+    use_reserved: bool = False,
+) -> Volume:
+    """The file system in the image file or block device at `path`, open.
+
+    mode: "r" reads, together with other readers; "r+" changes it too, alone. Until it is closed it is locked
+    against other programs that heed such locks (flock), a block device that is written also against
+    being mounted (O_EXCL).
+    overwrite_in_use: write to it although it is mounted, looped or otherwise in use.
+    owner: (uid, gid) of what is made in it; default: the caller's. use_reserved: may use the space that
+    is kept for root.
+
+    Raises InUseError with the reason, UnsupportedError for what is no file system of ours or has features
+    that are not, ReadOnlyError with the reason where it can be read only (it was not closed cleanly, it has
+    a journal), CorruptionError, and the errors of opening a file.
+    """
+    if mode not in ("r", "r+"):
+        raise ValueError(f"mode {mode!r}: use 'r' or 'r+'")
+    writable = mode == "r+"
+    image = open_image(path, writable=writable, overwrite_in_use=overwrite_in_use)
+    try:
+        runner = Runner(image.scheduler, image.name)
+        file_system = _open_filesystem(image, runner, writable=writable, use_reserved=use_reserved)
+        whose = Owner(os.geteuid(), os.getegid()) if owner is None else Owner(*owner)
+        return Volume(file_system, runner, image=image, owner=whose)
+    except BaseException:
+        image.close()
+        raise
+
+
+def _open_filesystem(image: Image, runner: Runner, *, writable: bool, use_reserved: bool) -> FileSystem:
+    from odirect.fs.probe import open_filesystem
+
+    def opened(device: BlockDevice, writing: bool) -> FileSystem:
+        return runner.run(
+            open_filesystem(
+                device,
+                name=image.name,
+                writable=writing,
+                scheduler=image.scheduler,
+                clock_ns=wall_ns,
+                privileged=use_reserved,
+            )
+        )
+
+    if image.align_bytes > _SMALLEST_BLOCK:
+        # Blocks smaller than what the device takes cannot go past the page cache; a look says how large they are.
+        with image.beside() as device:
+            file_system = opened(device, False)
+            runner.run(file_system.close())
+        if file_system.block_bytes % image.align_bytes:
+            image.use_cache()
+    return opened(image.device, writable)
+
+
+class Volume(VolumeNames):
+    """An open volume: its files and directories in the manner of `os`, by paths from its root.
+
+    Any thread may call; a context manager. `volume / "name"` is a `VolumePath`. A forked child cannot use
+    it, and opens the volume itself. Made by `open_volume`.
+    """
+
+    def __init__(self, file_system: FileSystem, runner: Runner, *, image: Image | None, owner: Owner = ROOT) -> None:
+        """image: what it is on, closed with the volume; None for a file system that is on nothing."""
+        super().__init__(
+            file_system,
+            runner,
+            reasons={} if image is None else image.reasons,
+            seen=_as_it_is if image is None else image.seen,
+            owner=owner,
+        )
+        self._image = image
+        self._closed = False
+        _open.add(self)
+
+    # What it is.
+
+    @property
+    def kind(self) -> str:
+        """Which file system it is: "ext2"."""
+        return self.file_system.kind
+
+    @property
+    def name(self) -> str:
+        """The path of its image or device."""
+        return self.file_system.name
+
+    @property
+    def label(self) -> str:
+        """The name that was given to it when it was made, or later; "" for none."""
+        return os.fsdecode(self.file_system.label)
+
+    @property
+    def uuid(self) -> str:
+        """Its identity, as 8-4-4-4-12 hexadecimal digits."""
+        digits = self.file_system.uuid.hex()
+        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+    @property
+    def features(self) -> Sequence[str]:
+        """The format's features that it has, by name."""
+        return tuple(self.file_system.features)
+
+    @property
+    def block_bytes(self) -> int:
+        """The size of its blocks."""
+        return self.file_system.block_bytes
+
+    @property
+    def writable(self) -> bool:
+        """Whether it takes changes: it was opened so, and nothing has failed since."""
+        return not self._closed and self.file_system.writable
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether its bytes go past the page cache, as far as is known before they go."""
+        return self._image is not None and self._image.is_direct
+
+    @property
+    def limits(self) -> Limits:
+        """What its device takes, each figure with its source."""
+        return Limits() if self._image is None else self._image.limits
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        state = "closed " if self._closed else ""
+        return f"<{state}odirect.Volume {self.name!r} {self.kind}{' writable' if self.writable else ''}>"
+
+    def __truediv__(self, segment: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
+        return VolumePath(self, segment)
+
+    @property
+    def root(self) -> VolumePath:
+        """The root directory as a `VolumePath`."""
+        return VolumePath(self)
+
+    # As a whole.
+
+    def statfs(self) -> os.statvfs_result:
+        """How full it is, as `os.statvfs` gives it."""
+        return statvfs_result(self.run(self.file_system.space(), self.name), writable=self.writable)
+
+    def sync(self) -> None:
+        """Make everything durable: files and names."""
+        self.run(self.file_system.sync(), self.name)
+
+    def check(self) -> list[Finding]:
+        """What is wrong with it, found by a walk that only reads."""
+        return self.run(self.file_system.check(), self.name)
+
+    def copy_in(
+        self,
+        source: Path,
+        target: AnyPath,
+        *,
+        recursive: bool = True,
+        attributes: bool = True,
+        progress: Progress | None = None,
+    ) -> TreeReport:
+        """A report of copying `source`, a file or directory of the host, to `target` in the volume.
+
+        Where `target` is a directory, the copy goes into it under the source's name; but what is in the source
+        goes into it, if that ends with a slash. Directories that are there are filled, other things replaced.
+        Kept are: kinds, permissions, holes, hard links within the tree, symbolic links as they are
+        written; with attributes also owners, times and extended attributes. `source` itself may be a
+        symbolic link, which is followed.
+        progress: called with (bytes done, bytes in all); what it raises ends the copy.
+
+        If anything fails, the file that was being copied is not left behind, others are. What could
+        not be kept is in the report. Raises NoSpaceError, DirectoryError, NotDirectoryError, InUseError if a
+        source changes meanwhile, and the errors of both sides.
+        """
+        return copy_in(self, source, target, recursive=recursive, attributes=attributes, progress=progress)
+
+    def copy_out(
+        self,
+        source: AnyPath,
+        target: Path,
+        *,
+        recursive: bool = True,
+        attributes: bool = True,
+        progress: Progress | None = None,
+    ) -> TreeReport:
+        """A report of copying `source`, a file or directory of the volume, to `target` on the host.
+
+        The same as `copy_in` the other way. Nothing is written outside `target`, whatever the volume holds: no
+        symbolic link below it is followed. Each file takes its name when it is whole. Without privileges,
+        owners and devices are left out, and the report says so.
+        """
+        return copy_out(self, source, target, recursive=recursive, attributes=attributes, progress=progress)
+
+    # Closing.
+
+    def close(self) -> None:
+        """Close its files, make everything durable, mark it clean and let go of it. Twice is harmless.
+
+        Raises what cannot be written; it is closed all the same. RuntimeError in the middle of a call of this
+        thread. In a forked child it lets go of the descriptors and leaves the rest to the parent.
+        """
+        if self._closed:
+            return
+        if self.runner.forked:
+            self._closed = True
+            if self._image is not None:
+                self._image.forget()
+            return
+        self.runner.check_outside()
+        failed: ODirectError | None = None
+        for file in list(self._files):
+            try:
+                file.close()
+            except ODirectError as error:
+                failed = failed or error
+        try:
+            self.runner.close(self.file_system.close())
+        except ODirectError as error:
+            raise named(error, self.name) from failed
+        finally:
+            if self.runner.closed:
+                self._closed = True
+                if self._image is not None:
+                    self._image.close()
+        if failed is not None:
+            raise failed
+
+    def __enter__(self) -> Volume:
+        self.runner.check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Nobody is inside, so its scheduler is at rest and can be used once more.
+        if getattr(self, "_closed", True):
+            return
+        if sys.is_finalizing():
+            self._closed = True
+            return
+        if not self.runner.forked:
+            warnings.warn(f"a volume was not closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
+        self.close()
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("an open volume cannot be copied or pickled")
+
+
+#: No file system here has smaller blocks.
+_SMALLEST_BLOCK = 1024
+
+
+#: Closed when the program ends, if nobody has done so.
+_open: weakref.WeakSet[Volume] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for volume in list(_open):
+        with contextlib.suppress(Exception):
+            volume.close()
+
+
+def _as_it_is(op: int, outcome: Outcome) -> Outcome:
+    return outcome
