@@ -760,6 +760,34 @@ def test_nowait(path: Path, content: bytes) -> None:
         assert file.tell() == 1
 
 
+@pytest.mark.parametrize("is_block", [False, True])
+def test_nowait_does_not_wait_for_another_thread(path: Path, is_block: bool) -> None:
+    """While another thread merges a part of a block, a write says that it would block (F08)."""
+    with odirect.open(path, "r+", nowait=True) as file:
+        file._state.is_block = is_block  # where the simple way passes the gate, too
+        inside, over = threading.Event(), threading.Event()
+
+        def merge() -> None:
+            inside.set()
+            over.wait(30)
+
+        thread = threading.Thread(target=lambda: file._gate.merge(merge))
+        thread.start()
+        try:
+            assert inside.wait(30)
+            for buffers in ([odirect.empty(4096)], [odirect.empty(4096), odirect.empty(512)]):
+                with pytest.raises(WouldBlockError):
+                    file.pwritev(buffers, 0)
+            if is_block:
+                with pytest.raises(WouldBlockError):
+                    file.pwrite(odirect.empty(4096), 0)
+        finally:
+            over.set()
+            thread.join()
+        file._state.is_block = False
+        assert file.pwritev([odirect.empty(4096)], 0) == 4096
+
+
 def test_nowait_counts_what_was_done(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that the kernel cut short is a true short count, by whichever way it went (F08)."""
     with odirect.open(path, "r+", nowait=True) as file:
@@ -885,9 +913,9 @@ def test_a_size_that_another_changes(path: Path, content: bytes) -> None:
     """A file that another descriptor made longer or shorter is read up to its end as it is now (F02)."""
     with odirect.open(path) as file, open(path, "r+b", buffering=0) as other:
         other.truncate(5000)
-        buffer = odirect.empty(8192)
+        buffer = filled(8192, 0xA5)
         assert file.preadinto(buffer, 0) == 5000
-        assert bytes(buffer[:5000]) == content[:5000]
+        assert bytes(buffer) == content[:5000] + b"\xa5" * 3192
         assert file.read_batch([0, 4096, 8192], 4096, odirect.empty(3 * 4096)).tolist() == [4096, 904, 0]
         other.truncate(20_000)
         assert file.preadinto(buffer, 8192) == 8192

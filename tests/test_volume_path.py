@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -54,6 +55,7 @@ def test_names_are_those_of_pathlib(memory: Volume, text: str) -> None:
         assert str(ours.with_name("new")) == str(theirs.with_name("new"))
         assert str(ours.with_suffix(".new")) == str(theirs.with_suffix(".new"))
         assert str(ours.with_suffix("")) == str(theirs.with_suffix(""))
+        assert str(ours.with_stem("new")) == str(theirs.with_stem("new"))
     for pattern in ("*", "*.txt", "a/*", "/a/*", "/*") if ours.name else ():
         assert ours.match(pattern) == theirs.match(pattern)
 
@@ -227,6 +229,18 @@ def test_changing(volume: Volume) -> None:
         (top / "gone").unlink()
     top.rmdir()
     assert [path.name for path in (volume / "new").iterdir()] == ["again"]
+
+
+def test_what_has_no_bytes(volume: Volume) -> None:
+    """Fifos, sockets and devices are told apart, also through links; what is missing is none of them."""
+    kinds = {"fifo": stat.S_IFIFO, "socket": stat.S_IFSOCK, "block_device": stat.S_IFBLK, "char_device": stat.S_IFCHR}
+    for name, mode in kinds.items():
+        volume.mknod(volume / name, mode | 0o600, os.makedev(1, 3))
+        (volume / f"{name}-link").symlink_to(name)
+        for path in (volume / name, volume / f"{name}-link"):
+            assert [other for other in kinds if getattr(path, f"is_{other}")()] == [name]
+            assert not path.is_file() and not path.is_dir()
+    assert not any(getattr(volume / "none", f"is_{other}")() for other in kinds)
 
 
 def test_resolve(volume: Volume) -> None:

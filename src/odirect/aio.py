@@ -9,7 +9,7 @@
 
 All files of one loop share one ring, which that loop's thread enters, and one pump. A caller that is
 cancelled stops waiting; a transfer that the device has begun goes on, and keeps its buffer until it
-has come back. `close` waits for all of them.
+has come back. `close` waits for all of them. `open_volume` is in `aio_volume`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, cast
 
+from odirect.aio_opening import Opening
+from odirect.aio_volume import Volume, open_volume
+from odirect.aio_volume_file import FileInVolume
 from odirect.base.errors import ClosedError, ODirectError
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO, Bio
 from odirect.block.buffers import BufferPool, as_bytes_view, empty
@@ -42,6 +45,8 @@ from odirect.sched.drive_asyncio import AsyncioDriver
 from odirect.sched.locks import Count
 from odirect.sched.scheduler import Scheduler
 from odirect.sched.traps import Event, shielded
+
+__all__ = ["File", "FileInVolume", "Volume", "open", "open_volume"]
 
 T = TypeVar("T")
 
@@ -98,27 +103,6 @@ class _LoopCachedDevice(CachedFileDevice):
         super().submit(bio)
 
 
-class _Opening:
-    """What `open` gives: to be awaited, or used with `async with`."""
-
-    def __init__(self, make: Callable[[], Coroutine[Any, Any, File]]) -> None:
-        self._make = make
-        self._file: File | None = None
-
-    def __await__(self) -> Generator[Any, None, File]:
-        return self._make().__await__()
-
-    async def __aenter__(self) -> File:
-        self._file = await self._make()
-        return self._file
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            await self._file.close()
-
-
 def open(
     path: Path,
     mode: str = "r",
@@ -129,7 +113,7 @@ def open(
     hipri: bool = False,
     atomic: bool = False,
     overwrite_in_use: bool = False,
-) -> _Opening:
+) -> Opening[File]:
     """A `File`, when awaited or entered with `async with`. The arguments are those of `odirect.open`."""
     if access not in ("auto", "strict"):
         raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
@@ -148,7 +132,7 @@ def open(
             raise
         return File(opened, access, flags, loop)
 
-    return _Opening(make)
+    return Opening(make)
 
 
 def _close_opened(opening: asyncio.Future[Opened]) -> None:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+from odirect.base import trace
 from odirect.base.errors import ClosedError, DeviceError, ODirectError, UnsupportedError, WouldBlockError, from_errno
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
 from odirect.block.buffers import as_bytes_view, empty
@@ -219,7 +220,8 @@ class File(io.RawIOBase):
         What lies past the bytes that are counted is left as it was (F02). Raises DeviceError,
         WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a negative offset.
         """
-        count = self._simple.pread(buffer, offset, self._read_rwf)
+        # What is traced goes the general way, which tells what it does.
+        count = self._simple.pread(buffer, offset, self._read_rwf) if trace.active is None else NOT_SIMPLE
         if count > 0 and count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
             self._tallies.add(self._read_outcome, count)
             return count
@@ -240,7 +242,7 @@ class File(io.RawIOBase):
 
         Raises NoSpaceError, DeviceError, and what `preadinto` raises.
         """
-        if self._simple_writes and (self._state.failed_sync is None or not self._flags & FUA):
+        if self._simple_writes and trace.active is None and (self._state.failed_sync is None or not self._flags & FUA):
             if self._state.is_block:
                 # The kernel has no lock of its own there.
                 wait = not self._flags & NOWAIT
@@ -627,7 +629,7 @@ class File(io.RawIOBase):
         import numpy
 
         size = self._find_size()
-        if self._simple.fd >= 0 and not self._flags & ATOMIC and op not in self._state.refused:
+        if self._simple.fd >= 0 and not self._flags & ATOMIC and op not in self._state.refused and trace.active is None:
             self._batch_natively(op, view, places, length, size, results, depth)
         left: list[int] = numpy.flatnonzero(results != length).tolist()
         if left:

@@ -22,8 +22,9 @@ from odirect.base.errors import (
     UnsupportedError,
 )
 from odirect.fs import tree
-from odirect.fs.base import FileKind, VolumeFile
+from odirect.fs.base import FileKind, NewFile, VolumeFile
 from odirect.fs.paths import path_bytes, present, walk
+from odirect.sched.clock import wall_ns
 from odirect.sched.interrupts import Interrupts
 from odirect.sched.scheduler import Task
 from odirect.volume_copy import (
@@ -40,6 +41,11 @@ from odirect.volume_copy import (
 )
 from odirect.volume_names import AnyPath, VolumeNames
 from odirect.volume_runner import named
+
+# Small files are made so many at a time, or so many bytes.
+_MOST_SMALL = 256
+_MOST_SMALL_BYTES = 8 << 20
+_SECTOR_BYTES = 512
 
 T = TypeVar("T")
 HostPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -92,6 +98,20 @@ def _plan(host: bytes, recursive: bool) -> list[_Item]:
     return items
 
 
+class _Small(NamedTuple):
+    """A small file that was read."""
+
+    item: _Item
+    new: NewFile
+
+
+class _Directory(NamedTuple):
+    """A directory of the volume before anything was added: its names, and the group that what is made there gets."""
+
+    names: frozenset[bytes]
+    group: int | None
+
+
 class _CopyIn:
     """One copy into a volume."""
 
@@ -115,6 +135,10 @@ class _CopyIn:
         self._keep = attributes
         self._buffers = Buffers()
         self._host = self._final = b""
+        self._small: list[_Small] = []
+        self._small_bytes = 0
+        self._making: tuple[list[_Small], Task[list[int]]] | None = None
+        self._directories: dict[int, _Directory] = {}
         #: The inode in the volume of each item that is there.
         self._inodes: dict[int, int] = {}
         self._seen: dict[tuple[int, int], int] = {}
@@ -123,10 +147,16 @@ class _CopyIn:
         """Copy everything; the path in the volume that the top has."""
         directory, name, final = self._volume.run(self._find_target(host, target), shown)
         self._host, self._final = host, final
-        for number, item in enumerate(self._items):
-            parent = directory if item.parent < 0 else self._inodes[item.parent]
-            self._inodes[number] = self._copy_one(item, parent, name if item.parent < 0 else item.name)
-            self.counts.add()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._settle_small)
+            for number, item in enumerate(self._items):
+                parent = directory if item.parent < 0 else self._inodes[item.parent]
+                last = name if item.parent < 0 else item.name
+                if not self._gather(item, parent, last):
+                    self._inodes[number] = self._copy_one(item, parent, last)
+                self.counts.add()
+            self._send_small()
+            self._finish_small()
         # Times of directories, when nothing is added to them any more.
         for number in reversed(range(len(self._items))):
             item = self._items[number]
@@ -312,33 +342,127 @@ class _CopyIn:
             named(error, self._path_of(item))
             raise
 
+    # Small files, many at once: while one batch is on its way to the device the next one is read.
+
+    def _gather(self, item: _Item, parent: int, name: bytes) -> bool:
+        """Read a small file, to be made with others soon; False if it is one that must be made by itself."""
+        status = item.status
+        most = self._file_system.small_file_bytes
+        if not stat.S_ISREG(status.st_mode) or status.st_size > most or status.st_nlink != 1 or item.parent < 0:
+            return False
+        directory = self._directories.get(parent)
+        if directory is None:
+            directory = self._directories[parent] = self._run(item, self._look_at(parent))
+        if name in directory.names:
+            return False
+        with _opened(item) as fd:
+            size = os.fstat(fd).st_size
+            if size > most or (size > status.st_blocks * _SECTOR_BYTES and _has_holes(item, fd, size)):
+                return False
+            with on_host("reading", item.path):
+                if self._keep and _may_have_xattrs(fd):
+                    return False
+                content = os.read(fd, size)
+            if len(content) < size:
+                raise InUseError("it became shorter while it was copied", path=item.path)
+        if len(self._small) == _MOST_SMALL or self._small_bytes + size > _MOST_SMALL_BYTES:
+            self._send_small()
+        self._small_bytes += size
+        self._small.append(_Small(item, self._new_file(item, directory, parent, name, content)))
+        return True
+
+    def _new_file(self, item: _Item, directory: _Directory, parent: int, name: bytes, content: bytes) -> NewFile:
+        status = item.status
+        mode = stat.S_IMODE(status.st_mode)
+        if self._keep:
+            times = status.st_atime_ns, status.st_mtime_ns
+            return NewFile(parent, name, content, mode, status.st_uid, status.st_gid, *times)
+        now_ns, owner = wall_ns(), self._volume.owner
+        group = owner.gid if directory.group is None else directory.group
+        return NewFile(parent, name, content, mode & 0o777, owner.uid, group, now_ns, now_ns)
+
+    async def _look_at(self, directory: int) -> _Directory:
+        """What is in a directory already, and the group that it gives to what is made there."""
+        found = await self._file_system.attributes(directory)
+        names = frozenset(entry.name for entry in await self._file_system.entries(directory))
+        return _Directory(names, found.gid if found.mode & stat.S_ISGID else None)
+
+    def _send_small(self) -> None:
+        """Begin to make what was gathered, once the batch before is done."""
+        self._finish_small()
+        small, self._small, self._small_bytes = self._small, [], 0
+        if small:
+            coroutine = self._file_system.create_whole([each.new for each in small])
+            self._making = small, self._runner.start(coroutine)
+
+    def _finish_small(self) -> None:
+        """Wait for the batch that is being made."""
+        if self._making is None:
+            return
+        small, task = self._making
+        try:
+            finished(self._runner, task)
+        except NoSpaceError:
+            # One by one, so that all are there that there is room for, and the error names the first that is not.
+            self._making = None
+            for item, new in small:
+                if self._run(item, self._there(new.directory, new.name)) is None:
+                    self._copy_one(item, new.directory, new.name)
+                else:
+                    self._count_small(new)
+            return
+        except ODirectError as error:
+            named(error, self._path_of(small[0].item))
+            raise
+        self._making = None
+        for each in small:
+            self._count_small(each.new)
+
+    def _count_small(self, new: NewFile) -> None:
+        self.counts.files += 1
+        self.counts.add(copied=len(new.content))
+
+    def _settle_small(self) -> None:
+        if self._making is not None:
+            settle(self._runner, self._making[1])
+
     # Attributes.
 
     def _finish(self, item: _Item, inode: int) -> None:
-        """Give an inode what its original has: permissions, and, if they are kept, times and attributes."""
-        status = item.status
+        """Give an inode what its original has."""
+        self._run(item, self._give_attributes(item, inode, self._attributes_of(item)))
+
+    def _attributes_of(self, item: _Item) -> dict[bytes, bytes]:
+        """The extended attributes that are to be kept."""
+        found = dict(_host_xattrs(item, self.counts)) if self._keep else {}
+        for name in [name for name in found if name.startswith(b"system.")]:
+            # A file system keeps them in a form of its own.
+            self.counts.leave_out(item.path, os.fsdecode(name), OSError(errno.EOPNOTSUPP, ""))
+            del found[name]
+        return found
+
+    async def _give_attributes(self, item: _Item, inode: int, xattrs: dict[bytes, bytes]) -> None:
+        """Set permissions, and, if they are kept, owners, times and extended attributes."""
+        status, file_system = item.status, self._file_system
         mode = stat.S_IMODE(status.st_mode)
+        is_link = stat.S_ISLNK(status.st_mode)
         if not self._keep:
-            if not stat.S_ISLNK(status.st_mode):
-                self._run(item, self._file_system.set_attributes(inode, mode=mode & 0o777))
+            if not is_link:
+                await file_system.set_attributes(inode, mode=mode & 0o777)
             return
-        for name, value in _host_xattrs(item, self.counts):
-            if name.startswith(b"system."):
-                self.counts.leave_out(item.path, os.fsdecode(name), OSError(errno.EOPNOTSUPP, ""))
-                continue
+        for name, value in xattrs.items():
             try:
-                self._run(item, self._file_system.set_xattr(inode, name, value))
+                await file_system.set_xattr(inode, name, value)
             except (UnsupportedError, PathError, NoSpaceError) as error:
                 self.counts.leave_out(item.path, os.fsdecode(name), error)
-        change = self._file_system.set_attributes(
+        await file_system.set_attributes(
             inode,
-            mode=None if stat.S_ISLNK(status.st_mode) else mode,
+            mode=None if is_link else mode,
             uid=status.st_uid,
             gid=status.st_gid,
             atime_ns=status.st_atime_ns,
             mtime_ns=status.st_mtime_ns,
         )
-        self._run(item, change)
 
 
 def _not_replaced(path: object) -> DirectoryError:
@@ -378,6 +502,17 @@ def _data_runs(item: _Item, fd: int, size: int) -> Iterator[tuple[int, int]]:
         if start >= end:
             return
         yield start, end
+
+
+def _has_holes(item: _Item, fd: int, size: int) -> bool:
+    return list(_data_runs(item, fd, size)) != [(0, size)]
+
+
+def _may_have_xattrs(fd: int) -> bool:
+    try:
+        return bool(os.listxattr(fd))
+    except OSError as error:
+        return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def _read_full(item: _Item, source: int | files.File, view: memoryview, offset: int) -> None:

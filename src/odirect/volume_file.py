@@ -22,6 +22,7 @@ from odirect.dio.here import here
 from odirect.dio.mapping import Extent, ExtentKind
 from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
 from odirect.dio.requests import Request
+from odirect.dio.write_order import Crowd
 from odirect.fs.base import Access, Done, VolumeFile
 from odirect.fs.file import NodeFile
 from odirect.fs.paths import failure
@@ -114,6 +115,7 @@ class FileInVolume(io.RawIOBase):
         self._position_lock = threading.RLock()
         self._position = handle.size_bytes if mode.appends else 0
         self._submission: _Submission | None = None
+        self._inside = Crowd()
 
     # What it is.
 
@@ -205,6 +207,7 @@ class FileInVolume(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int | Any:
         """Read into `buffer` from the position, which moves; None if nowait would wait."""
+        self._check_open()  # before the lock, which a forked child may find held for ever
         with self._position_lock:
             try:
                 count = self.preadinto(buffer, self._position)
@@ -215,6 +218,7 @@ class FileInVolume(io.RawIOBase):
 
     def readall(self) -> bytes | Any:
         """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
+        self._check_open()
         with self._position_lock:
             pieces = []
             try:
@@ -230,6 +234,7 @@ class FileInVolume(io.RawIOBase):
         """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
         if size is None or size < 0:
             return self.readall()
+        self._check_open()
         with self._position_lock:
             try:
                 data = self.pread(size, self._position)
@@ -240,6 +245,7 @@ class FileInVolume(io.RawIOBase):
 
     def write(self, buffer: Buffer, /) -> int | Any:
         """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
+        self._check_open()
         view = as_bytes_view(buffer, writable=False)
         with self._position_lock:
             try:
@@ -332,7 +338,13 @@ class FileInVolume(io.RawIOBase):
                 self._submission.drain()
         finally:
             super().close()
-            self._run_anyhow(self._handle.close())
+            try:
+                self._inside.wait()
+            except BaseException:
+                self._runner.abandon(self._handle)
+                raise
+            if not self._runner.closed:
+                self._run_anyhow(self._handle.close())
 
     def __del__(self) -> None:
         # Thrown away, at any moment, perhaps in the middle of a step: it is closed with the next call.
@@ -403,10 +415,18 @@ class FileInVolume(io.RawIOBase):
             raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self.closed:
-            coroutine.close()
-            raise ClosedError("the file is closed", path=self.name)
-        return self._run_anyhow(coroutine)
+        """What `coroutine` returns; `close` waits for it."""
+
+        def unless_closed() -> T:
+            if self.closed:
+                raise ClosedError("the file is closed", path=self.name)
+            return self._run_anyhow(coroutine)
+
+        try:
+            return self._inside.run(unless_closed)
+        finally:
+            if not coroutine.cr_suspended:
+                coroutine.close()
 
     def _run_anyhow(self, coroutine: Coroutine[Any, Any, T]) -> T:
         try:

@@ -408,6 +408,14 @@ class VolumeNames:
 
     # How.
 
+    def open_files(self) -> list[FileInVolume]:
+        """The files of it that somebody has."""
+        while True:
+            try:
+                return [file for file in self._files if not file.closed]
+            except RuntimeError:
+                continue  # Another thread has just opened one.
+
     def run(self, coroutine: Coroutine[Any, Any, T], path: object) -> T:
         """What `coroutine` returns; its errors name `path`."""
         try:

@@ -23,11 +23,46 @@ from odirect.block.queue import RingQueue
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Reason
 from odirect.ring.choose import open_ring
-from odirect.sched.scheduler import Scheduler
+from odirect.sched.scheduler import Pollable, Scheduler
 
 # Threads for an image whose direct I/O is refused.
 _CACHE_WORKERS = 4
+# What an event loop's own ring takes at once, and its threads where there is no io_uring: nobody waits in it.
+_LOOP_DEPTH = 256
+_LOOP_WORKERS = 8
 _PAST_THE_CACHE = (Kind.DIRECT, Kind.BOUNCED)
+
+
+class LockedImage:
+    """An image file or block device that is open and locked, before it is given a ring. Closed with its last reference.
+
+    hold_fd: claims a block device; -1: there is no such claim.
+    """
+
+    def __init__(self, opened: Opened, hold_fd: int, name: str) -> None:
+        self.opened = opened
+        self.name = name
+        self._hold_fd = hold_fd
+
+    def close(self) -> None:
+        """Unlock and close. Twice is harmless."""
+        if self.opened.cached_fd >= 0:
+            # By hand: a forked child may still have our descriptors, and with them the lock.
+            try:
+                fcntl.flock(self.opened.cached_fd, fcntl.LOCK_UN)
+            except OSError:
+                pass  # It was never locked, where locks are not to be had.
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptors and nothing else: for a forked child, whose parent goes on."""
+        hold_fd, self._hold_fd = self._hold_fd, -1
+        if hold_fd >= 0:
+            os.close(hold_fd)
+        self.opened.close()
+
+    def __del__(self) -> None:
+        self.forget()
 
 
 class Image:
@@ -36,18 +71,21 @@ class Image:
     reasons: for READ and WRITE, why what reaches the device is in the page cache after all.
     """
 
-    def __init__(self, opened: Opened, hold_fd: int, name: str) -> None:
-        self.name = name
+    def __init__(self, locked: LockedImage, *, shared: bool = True) -> None:
+        """shared: several threads use it; else it is for the event loop of this thread, which watches `polled`."""
+        self.name = locked.name
         self.scheduler = Scheduler()
+        self._locked = locked
+        opened = locked.opened
         self._opened = opened
-        self._hold_fd = hold_fd
         self._queue: RingQueue | None = None
         self.device: BlockDevice
         self.reasons: dict[int, Reason] = dict(opened.state.refused) or dict(opened.state.cached)
         if opened.direct_fd < 0:
             self._use_cache()
             return
-        self._queue = RingQueue(open_ring(shared=True))
+        ring = open_ring(shared=True) if shared else open_ring(_LOOP_DEPTH, workers=_LOOP_WORKERS)
+        self._queue = RingQueue(ring)
         try:
             self.device = FileDevice(self._queue, opened.direct_fd, opened.state.limits)
         except BaseException:
@@ -59,6 +97,11 @@ class Image:
     def is_direct(self) -> bool:
         """Whether its bytes go past the page cache, as far as is known."""
         return not self.reasons
+
+    @property
+    def polled(self) -> Pollable:
+        """What gives the finished bios of `device`; another after `use_cache`."""
+        return self.device if self._queue is None else self._queue
 
     @property
     def limits(self) -> Limits:
@@ -97,20 +140,11 @@ class Image:
     def close(self) -> None:
         """Wait for what is in flight, unlock, close. Twice is harmless."""
         self._close_device()
-        if self._opened.cached_fd >= 0:
-            # By hand: a forked child may still have our descriptors, and with them the lock.
-            try:
-                fcntl.flock(self._opened.cached_fd, fcntl.LOCK_UN)
-            except OSError:
-                pass  # It was never locked, where locks are not to be had.
-        self.forget()
+        self._locked.close()
 
     def forget(self) -> None:
         """Close the descriptors and nothing else: for a forked child, whose parent goes on."""
-        hold_fd, self._hold_fd = self._hold_fd, -1
-        if hold_fd >= 0:
-            os.close(hold_fd)
-        self._opened.close()
+        self._locked.forget()
 
     def _use_cache(self) -> None:
         self.device = device = CachedFileDevice(self._opened.cached_fd, workers=_CACHE_WORKERS)
@@ -133,16 +167,22 @@ def open_image(path: Path, *, writable: bool, overwrite_in_use: bool = False) ->
 
     Raises InUseError with the reason, and the errors of `dio.opening.open_file`.
     """
+    locked = lock_image(path, writable=writable, overwrite_in_use=overwrite_in_use)
+    try:
+        return Image(locked)
+    except BaseException:
+        locked.close()
+        raise
+
+
+def lock_image(path: Path, *, writable: bool, overwrite_in_use: bool = False) -> LockedImage:
+    """The first part of `open_image`, which may block; any thread can make the `Image`."""
     opened = open_file(path, "r+" if writable else "r", overwrite_in_use=overwrite_in_use)
-    hold_fd = -1
     try:
         _lock(opened, writable)
-        if writable and opened.state.is_block and not overwrite_in_use:
-            hold_fd = _claim(opened)
-        return Image(opened, hold_fd, os.fsdecode(path))
+        claims = writable and opened.state.is_block and not overwrite_in_use
+        return LockedImage(opened, _claim(opened) if claims else -1, os.fsdecode(path))
     except BaseException:
-        if hold_fd >= 0:
-            os.close(hold_fd)
         opened.close()
         raise
 

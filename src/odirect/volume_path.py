@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from odirect.base.errors import ExistsError, MissingError, ODirectError
-from odirect.fs.base import Access
+from odirect.fs.base import Access, FileKind
 from odirect.fs.paths import MOST_LINKS
 from odirect.volume_file import FileInVolume
 from odirect.volume_names import InVolume, VolumeNames
@@ -93,6 +93,10 @@ class VolumePath(InVolume):
             raise ValueError(f"{self.path} cannot have the name {name!r}")
         return self._made((*self._parts[:-1], name))
 
+    def with_stem(self, stem: str) -> VolumePath:
+        """This path with another last name before its ending."""
+        return self.with_name(stem + self.suffix)
+
     def with_suffix(self, suffix: str) -> VolumePath:
         """This path with another ending ("" for none). ValueError if it is none."""
         if suffix and (not suffix.startswith(".") or suffix == "." or "/" in suffix):
@@ -172,6 +176,22 @@ class VolumePath(InVolume):
     def is_symlink(self) -> bool:
         """Whether it is a symbolic link."""
         return self.volume.is_symlink(self)
+
+    def is_fifo(self) -> bool:
+        """Whether it is a fifo, or leads to one."""
+        return self._is(FileKind.FIFO)
+
+    def is_socket(self) -> bool:
+        """Whether it is a socket, or leads to one."""
+        return self._is(FileKind.SOCKET)
+
+    def is_block_device(self) -> bool:
+        """Whether it is a block device, or leads to one."""
+        return self._is(FileKind.BLOCK)
+
+    def is_char_device(self) -> bool:
+        """Whether it is a character device, or leads to one."""
+        return self._is(FileKind.CHARACTER)
 
     def is_mount(self) -> bool:
         """Whether it is the root: nothing is mounted inside a volume."""
@@ -357,6 +377,9 @@ class VolumePath(InVolume):
         self.volume.chmod(self, mode, follow_symlinks=follow_symlinks)
 
     # How.
+
+    def _is(self, kind: FileKind) -> bool:
+        return self.exists() and self.volume.attributes(self).kind is kind
 
     def _made(self, parts: tuple[str, ...]) -> VolumePath:
         return VolumePath(self.volume, "/", *parts)

@@ -16,10 +16,12 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import overload
 
 from odirect.base.errors import ODirectError
 from odirect.block.device import BlockDevice, Limits
@@ -28,11 +30,12 @@ from odirect.dio.outcome import Outcome
 from odirect.fs.base import FileSystem, Finding
 from odirect.fs.tree import ROOT, Owner
 from odirect.sched.clock import wall_ns
+from odirect.volume_bulk import read_files
 from odirect.volume_copy import Progress, TreeReport
 from odirect.volume_copy_in import copy_in
 from odirect.volume_copy_out import copy_out
 from odirect.volume_entries import statvfs_result
-from odirect.volume_names import AnyPath, VolumeNames
+from odirect.volume_names import AnyPath, InVolume, VolumeNames
 from odirect.volume_opening import Image, open_image
 from odirect.volume_path import VolumePath
 from odirect.volume_runner import Runner, named
@@ -199,6 +202,22 @@ class Volume(VolumeNames):
         """What is wrong with it, found by a walk that only reads."""
         return self.run(self.file_system.check(), self.name)
 
+    @overload
+    def read_files(self, top: bytes | os.PathLike[bytes]) -> Iterator[tuple[bytes, bytes]]: ...
+    @overload
+    def read_files(self, top: str | os.PathLike[str] | InVolume = "/") -> Iterator[tuple[str, bytes]]: ...
+    def read_files(self, top: AnyPath = "/") -> Iterator[tuple[str, bytes]] | Iterator[tuple[bytes, bytes]]:
+        """(path, content) of every regular file below the directory `top`, or of the file that `top` is.
+
+        In the order in which they lie on the device, many at a time, the next ones being read while some are
+        handed out: much quicker than to open one after the other. Symbolic links below `top` are not followed; a file
+        with several names comes with each. Contents are whole, so where a file may be too large for memory use
+        `walk` and `open`. The tree is looked at first: do not change it meanwhile.
+
+        Raises MissingError, DeviceError, CorruptionError, UnsupportedError for a file that has gone since.
+        """
+        return read_files(self, top)  # type: ignore[return-value]
+
     def copy_in(
         self,
         source: Path,
@@ -257,7 +276,7 @@ class Volume(VolumeNames):
             return
         self.runner.check_outside()
         failed: ODirectError | None = None
-        for file in list(self._files):
+        for file in self.open_files():
             try:
                 file.close()
             except ODirectError as error:
@@ -311,6 +330,17 @@ def _close_all() -> None:
     for volume in list(_open):
         with contextlib.suppress(Exception):
             volume.close()
+
+
+def _close_before_workers() -> None:
+    """The same, while a ring on threads still has its workers; but not while threads of the program go on."""
+    main = threading.main_thread()
+    if all(each is main or each.daemon or each.name.startswith("odirect-") for each in threading.enumerate()):
+        _close_all()
+
+
+# What `concurrent.futures` ends its own workers by; it has no public name.
+getattr(threading, "_register_atexit", atexit.register)(_close_before_workers)
 
 
 def _as_it_is(op: int, outcome: Outcome) -> Outcome:

@@ -199,6 +199,8 @@ def test_verifying_finds_what_differs(
         (["{image}:/file", "{pipe}"], 8, "{pipe}: it is neither a file nor a directory"),
         (["{source}", "{image}:/fifo"], 8, "{image}:/fifo: it is neither a file nor a directory"),
         (["-r", "{source}", "{out}"], 2, "neither side is in one"),
+        (["{image}", "{image}:/x"], 2, "the image that is copied to"),
+        (["{image}:/file", "{image}"], 2, "the image that is copied from"),
     ],
 )
 def test_what_goes_wrong_is_said(
@@ -234,6 +236,7 @@ def test_everything_is_kept_with_a(tree: Path, image: Path, scratch: Path) -> No
     assert listing(scratch / "out") == listing(tree)
 
 
+@pytest.mark.slow
 def test_between_volumes_with_a(tree: Path, image: Path, scratch: Path) -> None:
     needs_root()
     with image_in(scratch, 32 * MIB, "-b", "4096") as other:
@@ -275,6 +278,41 @@ def test_a_tree_goes_into_what_is_there(
     assert (tree / "sub" / "hard").read_bytes() == b"small"
 
 
+def test_no_link_is_gone_through(image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A volume cannot lead us out of where we were told to write: not by a link that was copied before."""
+    (scratch / "x").write_bytes(b"x")
+    (scratch / "out").mkdir()
+    (scratch / "else").mkdir()
+    change(image, "mkdir 1", "mkdir 1/d", f"symlink 1/d/a {scratch / 'else'}")
+    change(image, "mkdir 2", "mkdir 2/d", "mkdir 2/d/a", f"write {scratch / 'x'} 2/d/a/x")
+    assert "cannot replace" in refused(capsys, 2, "cp", "-r", f"{image}:/1/d", f"{image}:/2/d", scratch / "out")
+    assert os.listdir(scratch / "else") == []
+
+
+def test_what_is_not_ours_to_keep(image: Path, tree: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without privileges owners and devices are left out, each is told, and nothing runs with others' rights."""
+    needs_root()
+    assert odirect("cp", "-aq", tree, f"{image}:/") == 0
+    change(image, "set_inode_field tree/big uid 1234")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "lchown", refuse)
+    monkeypatch.setattr(os, "mknod", refuse)
+    assert odirect("cp", "-a", f"{image}:/tree", scratch / "out") == 0
+    assert stat.S_IMODE((scratch / "out" / "big").stat().st_mode) == 0o755
+    assert not (scratch / "out" / "device").exists() and (scratch / "out" / "small").exists()
+
+
+def test_an_image_in_use_is_not_replaced(image: Path, source: Path, scratch: Path) -> None:
+    """F34: a loop device would go on with a file that nobody sees."""
+    needs_loop()
+    with image_in(scratch) as other, loop_device(other):
+        change(image, f"write {source} x")
+        assert odirect("cp", f"{image}:/x", other) == 6
+
+
 def test_several_sources(source: Path, image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (scratch / "b").write_bytes(b"b")
     change(image, "mkdir into")
@@ -307,6 +345,7 @@ def test_a_name_that_leads_out_is_corruption(image: Path, scratch: Path, capsys:
 # --- streams and devices --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_streams(image: Path, scratch: Path) -> None:
     done = subprocess.run(
         [*STARTER, "cp", "--verify", "-", f"{image}:/x"], input=DATA * 3, capture_output=True, check=True
@@ -339,6 +378,7 @@ def test_cat_beside_ordinary_files(source: Path, image: Path, capfdbinary: pytes
     assert odirect("cat", f"{image}:/lost+found") == 2
 
 
+@pytest.mark.slow
 def test_a_block_device(source: Path, image: Path, scratch: Path) -> None:
     needs_loop()
     with loop_device(image) as device:
@@ -352,6 +392,7 @@ def test_a_block_device(source: Path, image: Path, scratch: Path) -> None:
         assert contents(large, "/whole", scratch / "dump") == image.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number,status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_the_middle_leaves_a_whole_volume(
     image: Path, scratch: Path, number: int, status: int, capsys: pytest.CaptureFixture[str]

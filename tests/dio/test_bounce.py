@@ -25,6 +25,7 @@ from odirect.dio import bounce
 from odirect.dio.blockdev import Refused
 from odirect.dio.bounce import Moved, Route
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason
+from odirect.dio.write_order import WriteOrder
 from odirect.ring._calls import address_of
 from odirect.sched.locks import RangeLock
 from odirect.sched.scheduler import Cancelled, Scheduler
@@ -524,6 +525,56 @@ def test_more_requests_than_buffers():
             for number in range(10):
                 assert found[100 + number * 20000 : 100 + (number + 1) * 20000] == pattern(20000, number)
             assert pool.lent == 0
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_nowait_does_not_wait_for_our_own_locks_and_buffers(twin):
+    """F08: what a lock or a private buffer would be waited for, says that it would block, with nothing done."""
+    data = pattern(200 * KIB)
+    here = Setting(data, twin=twin, chunks=1)
+    lease = here.pool.try_take()
+    assert lease is not None
+    view = empty(700)
+    with pytest.raises(WouldBlockError, match="buffers"):
+        here.read(100, [view], flags=NOWAIT)
+    assert bytes(view) == bytes(700)
+    assert here.read(512, [empty(512)], flags=NOWAIT).transferred == 512
+    lease.release()
+    assert here.read(100, [view], flags=NOWAIT).transferred == 700 and view == data[100:800]
+
+    order = WriteOrder()
+    if twin:
+        here.route = here.route._replace(order=order)
+        held = drive(order.merge(0, 512))
+    else:
+        held = here.lock.try_hold(0, 512)
+    with held:
+        with pytest.raises(WouldBlockError, match="merged"):
+            here.write(0, [aligned(bytes(1024))], flags=NOWAIT)
+        assert here.data == data
+        # What lies elsewhere goes on.
+        assert here.write(128 * KIB, [aligned(bytes(512))], flags=NOWAIT).transferred == 512
+    assert here.write(0, [aligned(bytes(1024))], flags=NOWAIT).transferred == 1024
+    assert here.data[:1024] == bytes(1024)
+    here.check_idle()
+
+
+def test_nowait_stops_where_a_buffer_is_missing():
+    """F08: what was read before counts."""
+    data = pattern(200 * KIB)
+    here = Setting(data, chunks=1)
+    target = empty(150 * KIB)
+    take, taken = here.pool.try_take, []
+
+    def once():
+        taken.append(1)
+        return take() if len(taken) == 1 else None
+
+    here.pool.try_take = once
+    # Its memory is misaligned, so that all of it goes through private buffers.
+    assert here.read(1, [target[3:]], flags=NOWAIT).transferred == 64 * KIB - 1
+    assert target[3 : 64 * KIB + 2] == data[1 : 64 * KIB]
+    here.check_idle()
 
 
 def test_the_first_error_to_come_is_the_requests():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import os
@@ -383,3 +384,48 @@ def test_any_requests_at_once(tmp_path, operations, script):
                 assert here.data[offset : offset + len(memory)] == pattern(len(memory), number)
     finally:
         os.close(here.fd)
+
+
+def test_whole_transfers_are_collected_without_being_told(make):
+    """B07: who has the ring for himself takes them from it; whatever is short or a task takes the scheduler."""
+    here = make()
+    here.requests._on_uring = True
+    finished: collections.deque[Request] = collections.deque()
+    data = pattern(512, 3)
+    read, write = here.start(READ, 0, aligned(bytes(512))), here.start(WRITE, 1024, aligned(data))
+    short = here.start(READ, 4096, aligned(bytes(1024)))
+    here.queue.commit()
+    here.ring.script = [None, None, 512]
+    assert here.requests.collect(finished)
+    assert list(finished) == [read, write] and here.done == []
+    assert (read.result(), write.result(), here.requests.pending) == (512, 512, 1)
+    assert here.requests.order.quick.value == 0
+    assert not here.requests.collect(finished)
+    here.finish()
+    assert here.done == [short] and short.result() == 1024
+    unaligned = here.start(READ, 5, aligned(bytes(100)))
+    assert not here.requests.collect(finished)
+    here.finish()
+    assert here.done == [short, unaligned] and len(finished) == 2
+
+
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("op", [READ, WRITE])
+def test_a_handler_that_raises_as_a_request_is_queued(make, op, taken):
+    """F24: it is counted if the ring has it, and not otherwise."""
+    here = make()
+    queue = here.requests._queue
+
+    def interrupted(*entry):
+        if taken:
+            queue(*entry)
+        raise KeyboardInterrupt
+
+    here.requests._queue = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        here.start(op, 0, aligned(bytes(512)), "it")
+    assert here.requests.pending == here.ring.in_flight == taken
+    assert here.requests.order.quick.value == (taken and op == WRITE)
+    here.requests._queue = queue
+    here.finish()
+    assert [request.tag for request in here.done] == ["it"] * taken

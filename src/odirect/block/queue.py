@@ -6,7 +6,6 @@ scheduler polls the queue, not each device, so that one system call serves them 
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 

@@ -284,8 +284,11 @@ async def _is_zero(device: BlockDevice) -> bool:
     unit = max(device.limits.read_align, 4096)
     end = align_down(device.size_bytes, device.limits.read_align)
     for start, length in ((0, _FIRST_BYTES), (max(0, align_down(end - _LAST_BYTES, unit)), _LAST_BYTES + unit)):
+        length = min(length, end - start)
+        if length <= 0:
+            continue
         memory = empty(length)
-        count = await transfer(device, READ, start, [memory], min(length, end - start)) if end > start else 0
+        count = await transfer(device, READ, start, [memory], length)
         if bytes(memory[:count]).strip(b"\0"):
             return False
     return True

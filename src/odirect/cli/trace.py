@@ -73,8 +73,8 @@ def command(
 
     The timeline goes to standard error when the verb has ended: bios as bars, waits, mappings and fallbacks
     marked, and totals; where that is no terminal, a plain table. The status is the verb's.
-    A request that is one system call, or that is handed to the ring as it is, has no parts and is not
-    recorded.
+    Transfers that otherwise are one system call, or go to the ring just as they are, take the general way while
+    they are traced: the times are that way's, so `odirect trace -- bench` is slower than `odirect bench`.
 
     \b
     Examples:
@@ -245,7 +245,7 @@ def show(tracer: Tracer, first: int, *, terminal: bool | None = None, width: int
     console = Console(stderr=True, force_terminal=terminal, width=width, highlight=False, soft_wrap=False)
     requests = requests_of(tracer.events)
     if not requests:
-        console.print("trace: no request was recorded (single system calls have no parts to record)", markup=False)
+        console.print("trace: no request was recorded", markup=False)
         return
     shown = requests[:first]
     if shown and console.is_terminal:

@@ -12,11 +12,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from odirect.base.errors import ODirectError, from_errno
+from odirect.base.errors import MissingError, NotDirectoryError, ODirectError, from_errno
 from odirect.cli import common
 from odirect.cli.places import VolumePlace
-from odirect.cli.sessions import naming
+from odirect.cli.sessions import is_same_image, naming
 from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
+from odirect.fs.base import NewFile
+from odirect.sched.clock import wall_ns
 
 if TYPE_CHECKING:
     from odirect.block.device import Limits
@@ -57,11 +59,19 @@ class Changes(NamedTuple):
     xattrs: dict[bytes, bytes] | None = None
 
 
+class Small(NamedTuple):
+    """A small file that is to be made in a directory where nothing has its name."""
+
+    path: bytes
+    content: bytes
+    changes: Changes
+
+
 class Tree(Protocol):
     """A file system, as far as copying needs it. What `change` could not do it gives back, a sentence each."""
 
-    #: Whether all that is written is durable when the command has ended, asked for or not.
-    is_durable: bool
+    #: Whether one `sync` makes all of it durable.
+    syncs_whole: bool
 
     def shown(self, path: bytes) -> str: ...
     def status(self, path: bytes, *, follow: bool) -> os.stat_result | None: ...
@@ -79,20 +89,26 @@ class Tree(Protocol):
     def rename(self, path: bytes, other: bytes) -> None: ...
     def remove(self, path: bytes) -> None: ...
     def sync(self, directory: bytes) -> None: ...
+    def fetch(self, paths: Sequence[bytes], inodes: Sequence[int]) -> None: ...
+    def make_small(self, files: Sequence[Small]) -> tuple[dict[Outcome, Tally], list[str]] | None: ...
     def is_same(self, other: Tree) -> bool: ...
+    def holds(self, path: bytes, other: Tree) -> bool: ...
+    def check_replaceable(self, path: bytes) -> None: ...
 
 
 class VolumeTree:
     """The tree of an open volume."""
 
-    is_durable = True
+    syncs_whole = True
 
     def __init__(self, volume: Volume, image: str) -> None:
         self._volume = volume
-        self._image = image
+        self.image = image
+        self._fetched: dict[bytes, bytes] = {}
+        self._directories: dict[bytes, int] = {}
 
     def _place(self, path: bytes) -> VolumePlace:
-        return VolumePlace(self._image, path)
+        return VolumePlace(self.image, path)
 
     def shown(self, path: bytes) -> str:
         """A path as the user would write it."""
@@ -102,12 +118,20 @@ class VolumeTree:
         """Whether both are of one volume."""
         return isinstance(other, VolumeTree) and other._volume is self._volume
 
+    def holds(self, path: bytes, other: Tree) -> bool:
+        """Whether the file at `path` is the image that `other` is on: never, as far as can be told."""
+        return False
+
+    def check_replaceable(self, path: bytes) -> None:
+        """Nothing: in a volume everybody may do everything."""
+
     def status(self, path: bytes, *, follow: bool) -> os.stat_result | None:
         """What is at `path`, None if there is nothing."""
         with naming(self._place(path)):
-            if not self._volume.exists(path, follow_symlinks=follow):
+            try:
+                return self._volume.stat(path, follow_symlinks=follow)
+            except (MissingError, NotDirectoryError):
                 return None
-            return self._volume.stat(path, follow_symlinks=follow)
 
     def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]:
         """(path from there, what it is) of everything in a directory, a directory before what is in it."""
@@ -150,6 +174,9 @@ class VolumeTree:
 
     def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
         """A file to be read."""
+        content = self._fetched.pop(path, None)
+        if content is not None:
+            return Fetched(content, Outcome(Kind.BOUNCED if self._volume.is_direct else Kind.BUFFERED))
         with naming(self._place(path)):
             return self._volume.open(path, "r", access=access)
 
@@ -214,6 +241,33 @@ class VolumeTree:
         with naming(self._place(path)):
             self._volume.remove(path)
 
+    def fetch(self, paths: Sequence[bytes], inodes: Sequence[int]) -> None:
+        """Read small files, all at once, for `open_source` to find."""
+        with naming(self._place(os.path.dirname(paths[0]))):
+            contents = self._volume.run(self._volume.file_system.read_whole(inodes), paths[0])
+        self._fetched = dict(zip(paths, contents, strict=True))
+
+    def make_small(self, files: Sequence[Small]) -> tuple[dict[Outcome, Tally], list[str]] | None:
+        """Make all of these at once; how they were written, and what of them could not be kept."""
+        volume, owner, now_ns = self._volume, self._volume.owner, wall_ns()
+        made = []
+        for path, content, changes in files:
+            directory, name = os.path.split(path)
+            number = self._directories.get(directory)
+            if number is None:
+                number = self._directories[directory] = volume.attributes(directory).inode
+            uid, gid = changes.owner or owner
+            atime_ns, mtime_ns = changes.times_ns or (now_ns, now_ns)
+            made.append(NewFile(number, name, content, changes.mode or 0, uid, gid, atime_ns, mtime_ns))
+        with naming(self._place(os.path.dirname(files[0].path))):
+            volume.run(volume.file_system.create_whole(made), files[0].path)
+        missed = []
+        for path, _, changes in files:
+            if changes.xattrs:
+                missed += [f"{self.shown(path)}: {sentence}" for sentence in self.change(path, changes)]
+        way = Outcome(Kind.BOUNCED if volume.is_direct else Kind.BUFFERED, promise=Promise.DEVICE)
+        return {way: Tally(len(files), sum(len(content) for _, content, _ in files))}, missed
+
     def sync(self, directory: bytes) -> None:
         """Make everything in the volume durable."""
         with naming(self._place(directory)):
@@ -223,7 +277,7 @@ class VolumeTree:
 class HostTree:
     """The files of this machine."""
 
-    is_durable = False
+    syncs_whole = False
 
     def shown(self, path: bytes) -> str:
         """A path as it can be printed."""
@@ -232,6 +286,23 @@ class HostTree:
     def is_same(self, other: Tree) -> bool:
         """Whether both are of this machine."""
         return isinstance(other, HostTree)
+
+    def holds(self, path: bytes, other: Tree) -> bool:
+        """Whether the file at `path` is the image that `other` is on."""
+        return isinstance(other, VolumeTree) and is_same_image(os.fsdecode(path), other.image)
+
+    def check_replaceable(self, path: bytes) -> None:
+        """Raise what writing to the file would, as its directory may allow what it does not; and if it is in use."""
+        if not os.path.isfile(path):
+            return
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.ETXTBSY:  # A program that runs keeps its old file.
+                raise _host_error(error, "opening for writing", path) from error
+        from odirect.block.in_use import check_unused
+
+        check_unused(path, what="replace")
 
     def status(self, path: bytes, *, follow: bool) -> os.stat_result | None:
         """What is at `path`, None if there is nothing."""
@@ -320,6 +391,7 @@ class HostTree:
     def change(self, path: bytes, changes: Changes) -> list[str]:
         """See `Changes`: the owner first, because that takes bits of the mode away, and the times last."""
         missed = []
+        mode = changes.mode
         is_link = os.path.islink(path)
         if changes.owner is not None:
             status = os.lstat(path)
@@ -328,14 +400,16 @@ class HostTree:
                     os.lchown(path, *changes.owner)
             except OSError as error:
                 missed.append(f"owner {changes.owner[0]}:{changes.owner[1]}: {os.strerror(error.errno or 0)}")
+                # What is somebody else's runs as us now, so not with his rights.
+                mode = None if mode is None else mode & ~(stat.S_ISUID | stat.S_ISGID)
         for name, value in (changes.xattrs or {}).items():
             try:
                 os.setxattr(path, name, value, follow_symlinks=False)
             except OSError as error:
                 missed.append(f"attribute {os.fsdecode(name)}: {os.strerror(error.errno or 0)}")
         with _answers("changing its mode and times", path):
-            if changes.mode is not None and not is_link:
-                os.chmod(path, changes.mode)
+            if mode is not None and not is_link:
+                os.chmod(path, mode)
             if changes.times_ns is not None:
                 os.utime(path, ns=changes.times_ns, follow_symlinks=False)
         return missed
@@ -350,14 +424,71 @@ class HostTree:
         with _answers("removing", path):
             os.unlink(path)
 
+    def fetch(self, paths: Sequence[bytes], inodes: Sequence[int]) -> None:
+        """Nothing: the kernel reads ahead."""
+
+    def make_small(self, files: Sequence[Small]) -> tuple[dict[Outcome, Tally], list[str]] | None:
+        """None: files are made one by one."""
+        return None
+
     def sync(self, directory: bytes) -> None:
-        """Make the names in a directory durable, and all else of its file system."""
+        """Make the names in a directory durable."""
         with _answers("syncing", directory):
             fd = os.open(directory or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+class Fetched:
+    """A small file that has been read already."""
+
+    def __init__(self, content: bytes, outcome: Outcome) -> None:
+        self._content = content
+        self._outcome = outcome
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return len(self._content)
+
+    @property
+    def totals(self) -> dict[Outcome, Tally]:
+        """How it was read."""
+        return {self._outcome: Tally(1, len(self._content))} if self._content else {}
+
+    def preadinto(self, buffer: object, offset: int) -> int:
+        """Copy into `buffer` from byte `offset`."""
+        part = self._content[offset : offset + len(memoryview(buffer))]  # type: ignore[arg-type]
+        memoryview(buffer)[: len(part)] = part  # type: ignore[arg-type]
+        return len(part)
+
+    def pwrite(self, buffer: object, offset: int) -> int:
+        """Never: it is only read."""
+        raise NotImplementedError
+
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request:
+        """Never: small files go in one piece."""
+        raise NotImplementedError
+
+    def completions(self) -> Iterator[Request]:
+        """None."""
+        return iter(())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """All of it is data."""
+        return offset if whence == os.SEEK_DATA else len(self._content)
+
+    def truncate(self, size: int | None = None, /) -> int:
+        """Never: it is only read."""
+        raise NotImplementedError
+
+    def sync(self, *, data_only: bool = False) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class CachedFile:

@@ -15,6 +15,7 @@ import click
 
 from odirect.base.errors import (
     DirectoryError,
+    ForbiddenError,
     InUseError,
     MissingError,
     NoSpaceError,
@@ -30,7 +31,7 @@ from odirect.block.buffers import empty
 from odirect.cli import common, places
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import Volumes, temporary_beside
-from odirect.cli.trees import SMALL_BYTES, Access, Bytes, Changes, HostTree, Tree, VolumeTree
+from odirect.cli.trees import SMALL_BYTES, Access, Bytes, Changes, HostTree, Small, Tree, VolumeTree
 from odirect.copying import CHUNK_BYTES, DEPTH, CopyReport
 from odirect.dio.outcome import Outcome, Tally
 from odirect.sched.clock import MonotonicClock
@@ -43,6 +44,8 @@ _STDIN = 0
 # What the edges of holes are rounded to: no file system here has larger blocks.
 _BLOCK_BYTES = 4096
 _PERMISSIONS = 0o777
+# Small files that are read, or made, at once.
+_AT_ONCE, _AT_ONCE_BYTES = 512, 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,11 @@ class _Copier:
         self._left_out: list[str] = []
         self._reads: dict[Outcome, Tally] = {}
         self._writes: dict[Outcome, Tally] = {}
+        #: What the file at hand had counted when it was written, and before it was read back.
+        self._proven: dict[Outcome, Tally] | None = None
         self._buffers: list[memoryview] = []
+        self._small: list[Small] = []
+        self._small_bytes = 0
         #: Directories that this copy has made: nothing can be there already.
         self._fresh: set[bytes] = set()
         self._clock = MonotonicClock()
@@ -164,9 +171,13 @@ class _Copier:
         self._total = sum(item.status.st_size for item in items if stat.S_ISREG(item.status.st_mode))
         self._total *= 2 if options.verify else 1
         seen: dict[tuple[int, int], bytes] = {}
-        for item in items:
+        fetched = 0
+        for number, item in enumerate(items):
             self._interrupts.check()
-            self._copy_one(source, item, seen, is_top=item is items[0], in_tree=len(items) > 1)
+            if number >= fetched and len(items) > 1 and self._is_small(item):
+                fetched = self._fetch(source, items, number)
+            self._copy_one(source, item, seen, is_top=number == 0, in_tree=len(items) > 1)
+        self._make_small()
         for item in reversed(items):
             # When nothing is added to a directory any more, so that its times stay.
             if stat.S_ISDIR(item.status.st_mode) and (options.keep or item.target in self._fresh):
@@ -197,6 +208,9 @@ class _Copier:
     def _ended(self, goal: bytes) -> TreeCopied:
         options = self._options
         if options.durable:
+            # The names in directories, from the innermost on; a volume makes all durable at once.
+            for directory in [] if self._into.syncs_whole else sorted(self._fresh, reverse=True):
+                self._into.sync(directory)
             self._into.sync(os.path.dirname(goal))
         seconds = (self._clock.now_ns() - self._began_ns) / 1e9
         report = CopyReport(
@@ -219,7 +233,7 @@ class _Copier:
         status, goal, into = item.status, item.target, self._into
         mode = status.st_mode
         if stat.S_ISDIR(mode):
-            self._copy_directory(source, item)
+            self._copy_directory(item, is_top=is_top)
             return
         identity = status.st_dev, status.st_ino
         known = seen.get(identity) if self._options.keep and status.st_nlink > 1 else None
@@ -244,15 +258,63 @@ class _Copier:
                 "it is neither a file nor a directory; -a copies what it is", path=source.shown(item.source)
             )
         else:
-            with self._new_name(goal) as name:
-                into.make_node(name, stat.S_IFMT(mode) | 0o600, status.st_rdev)
-                self._finish(source, item, name)
+            try:
+                with self._new_name(goal) as name:
+                    into.make_node(name, stat.S_IFMT(mode) | 0o600, status.st_rdev)
+                    self._finish(source, item, name)
+            except ForbiddenError as error:
+                self._left_out.append(f"{into.shown(goal)}: {error.message}")
+                return
             self._counts["nodes"] += 1
         seen[identity] = goal
 
-    def _copy_directory(self, source: Tree, item: _Item) -> None:
+    def _is_small(self, item: _Item) -> bool:
+        """Whether many such files are moved at once: no holes, no further names, nothing demanded of each."""
+        status = item.status
+        return (
+            stat.S_ISREG(status.st_mode)
+            and 0 < status.st_size < SMALL_BYTES
+            and status.st_blocks * 512 >= status.st_size
+            and not (self._options.keep and status.st_nlink > 1)
+            and self._options.access != "strict"
+        )
+
+    def _fetch(self, source: Tree, items: list[_Item], first: int) -> int:
+        """Have the small files from number `first` on read at once, as many as fit; the number of the next."""
+        wanted: list[_Item] = []
+        size = 0
+        for number in range(first, len(items)):
+            if self._is_small(items[number]):
+                if len(wanted) == _AT_ONCE or size > _AT_ONCE_BYTES:
+                    break
+                wanted.append(items[number])
+                size += items[number].status.st_size
+            number += 1
+        source.fetch([item.source for item in wanted], [item.status.st_ino for item in wanted])
+        return number
+
+    def _keep_small(self, source: Tree, item: _Item, reading: Bytes) -> None:
+        """Read a small file, to be made together with others."""
+        buffer = self._take(1)[0]
+        length = reading.preadinto(buffer[: align_up(SMALL_BYTES, _BLOCK_BYTES)], 0)
+        changes = self._changes_of((source, item), item.status.st_mode, None)
+        self._small.append(Small(item.target, bytes(buffer[:length]), changes))
+        self._small_bytes += length
+        if len(self._small) == _AT_ONCE or self._small_bytes > _AT_ONCE_BYTES:
+            self._make_small()
+
+    def _make_small(self) -> None:
+        files, self._small, size, self._small_bytes = self._small, [], self._small_bytes, 0
+        made = self._into.make_small(files) if files else None
+        if made is not None:
+            _count(self._writes, made[0])
+            self._left_out += made[1]
+            self._add(size, copied=True)
+
+    def _copy_directory(self, item: _Item, *, is_top: bool) -> None:
         if os.path.dirname(item.target) not in self._fresh:
-            there = self._into.status(item.target, follow=True)
+            # Below the top no link is gone through: one that was copied before could lead anywhere.
+            there = self._into.status(item.target, follow=is_top)
             if there is not None:
                 if not stat.S_ISDIR(there.st_mode):
                     raise NotDirectoryError(
@@ -269,6 +331,15 @@ class _Copier:
         reading = source.open_source(item.source, options.access, small=small)
         try:
             size = reading.size
+            if (
+                small
+                and isinstance(self._into, VolumeTree)
+                and not options.verify
+                and self._is_small(item)
+                and os.path.dirname(goal) in self._fresh
+            ):
+                self._keep_small(source, item, reading)
+                return
             with self._made(goal, small=small and not options.verify) as (writing, name):
                 pieces: dict[int, tuple[int, bytes]] | None = {} if options.verify else None
                 runs = self._runs(reading, size, is_block=stat.S_ISBLK(item.status.st_mode))
@@ -283,15 +354,17 @@ class _Copier:
                 else:
                     self._change(name, goal, self._changes_of(None, item.status.st_mode, replaced))
         finally:
-            self._close(reading, self._reads)
+            _count(self._reads, reading.totals)
+            reading.close()
 
     def _settle(self, file: Bytes, goal: bytes, size: int, pieces: dict[int, tuple[int, bytes]] | None) -> None:
         """Give a file that has its bytes its size, and make and prove it what was asked for."""
         if file.size != size:
             file.truncate(size)
-        if self._options.durable:
+        if self._options.durable and not self._into.syncs_whole:
             file.sync()
         if pieces is not None:
+            self._proven = file.totals
             self._check(file, size, pieces, self._into.shown(goal))
 
     # Bytes.
@@ -439,10 +512,14 @@ class _Copier:
         """A new open file and the name that it has as yet; it takes its real one when all went well."""
         with self._new_name(goal, is_file=True) as name:
             file = self._into.make_file(name, self._options.access, small=small)
+            self._proven = None
             try:
                 yield file, name
             finally:
-                self._close(file, self._writes)
+                written = file.totals if self._proven is None else self._proven
+                _count(self._writes, written)
+                _count(self._reads, file.totals, written)  # What was read back.
+                file.close()
 
     @contextlib.contextmanager
     def _new_name(self, goal: bytes, *, is_file: bool = False) -> Iterator[bytes]:
@@ -461,6 +538,8 @@ class _Copier:
             if is_file and there is not None and not (stat.S_ISREG(there.st_mode) or stat.S_ISLNK(there.st_mode)):
                 message = "it is neither a file nor a directory, and is not replaced; use - for a stream"
                 raise UnsupportedError(message, path=into.shown(goal))
+            if there is not None:
+                into.check_replaceable(goal)
             name = temporary_beside(goal, lambda path: into.status(path, follow=False) is not None)
         try:
             yield name
@@ -472,12 +551,6 @@ class _Copier:
             if isinstance(error, ODirectError) and error.filename == into.shown(name):
                 error.filename = into.shown(goal)  # What the user knows.
             raise
-
-    def _close(self, file: Bytes, tallies: dict[Outcome, Tally]) -> None:
-        for outcome, tally in file.totals.items():
-            before = tallies.get(outcome, Tally(0, 0))
-            tallies[outcome] = Tally(before.operations + tally.operations, before.bytes + tally.bytes)
-        file.close()
 
     def _status_of_name(self, goal: bytes) -> os.stat_result | None:
         if os.path.dirname(goal) in self._fresh:
@@ -514,9 +587,12 @@ class _Copier:
     def _refuse_same(self, source: Tree, path: bytes, top: os.stat_result, goal: bytes) -> None:
         """Raise PathError if something would be copied onto or into itself."""
         into = self._into
+        if (there := into.status(goal, follow=True)) is not None and into.holds(goal, source):
+            raise PathError("it is the image that is copied from", errno=errno.EINVAL, path=into.shown(goal))
+        if source.holds(path, into):
+            raise PathError("it is the image that is copied to", errno=errno.EINVAL, path=source.shown(path))
         if not source.is_same(into):
             return
-        there = into.status(goal, follow=True)
         if there is not None and os.path.samestat(there, top):
             raise PathError("source and target are the same", errno=errno.EINVAL, path=source.shown(path))
         if stat.S_ISDIR(top.st_mode):
@@ -549,6 +625,18 @@ def _into_directory(goal: bytes, path: bytes, source: Tree) -> bytes:
     if isinstance(source, HostTree) and name in (b"", b".", b".."):
         name = os.path.basename(os.path.realpath(path))
     return os.path.join(goal, name) if name not in (b"", b".", b"..") else goal
+
+
+def _count(
+    tallies: dict[Outcome, Tally], totals: dict[Outcome, Tally], less: dict[Outcome, Tally] | None = None
+) -> None:
+    """Add `totals` to `tallies`, but for what is in `less`."""
+    for outcome, tally in totals.items():
+        before, known = tallies.get(outcome, Tally(0, 0)), (less or {}).get(outcome, Tally(0, 0))
+        if tally.operations > known.operations:
+            tallies[outcome] = Tally(
+                before.operations + tally.operations - known.operations, before.bytes + tally.bytes - known.bytes
+            )
 
 
 def _umask() -> int:

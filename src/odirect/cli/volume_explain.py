@@ -195,9 +195,15 @@ class _Dry:
     ) -> list[Cost]:
         """What the requests from `offset` to the end of the file become, the most frequent kind first.
 
-        Whole requests within one piece whose offsets lie alike in their blocks go alike: one of each is tried.
+        Whole requests within one piece whose offsets lie alike in their blocks go alike: few of each are tried.
         """
         found: dict[Outcome, list[int]] = {}
+
+        def add(cost: Cost, count: int) -> None:
+            tally = found.setdefault(cost.outcome, [0, 0])
+            tally[0] += count
+            tally[1] += count * cost.bios
+
         memory = empty(length)
         limits = file.limits
         unit = max(limits.read_align, limits.write_align, file.limits.memory_align, _LARGEST_BLOCK)
@@ -207,14 +213,17 @@ class _Dry:
         while at < size:
             piece = bisect.bisect_right(ends, at)
             alike = max(0, min(ends[piece], size) - at) // length
-            turns = min(cycle, alike) if alike > cycle else 1
-            for turn in range(turns):
-                count = (alike - turn + cycle - 1) // cycle if alike > cycle else 1
-                cost = self._try(file, op, at + turn * length, memory, size)
-                tally = found.setdefault(cost.outcome, [0, 0])
-                tally[0] += count
-                tally[1] += count * cost.bios
-            at += (alike if alike > cycle else 1) * length
+            # The first of them may allocate what those after them find.
+            first = min(alike, cycle)
+            if alike <= 2 * cycle:
+                first = max(alike, 1)
+            for turn in range(first):
+                add(self._try(file, op, at + turn * length, memory, size), 1)
+            at += first * length
+            left = max(0, alike - first)
+            for turn in range(min(cycle, left)):
+                add(self._try(file, op, at + turn * length, memory, size), (left - turn + cycle - 1) // cycle)
+            at += left * length
         made = [Cost(outcome, requests, bios) for outcome, (requests, bios) in found.items()]
         return sorted(made, key=lambda cost: -cost.requests)
 

@@ -7,12 +7,14 @@ inode: a file that loses its last name goes when its last handle is closed.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from odirect.base.errors import CorruptionError, NoSpaceError, ODirectError
 from odirect.base.units import align_up
 from odirect.block.buffers import empty
 from odirect.block.device import Limits
@@ -217,6 +219,8 @@ class FileSystem(ABC):
     root: int
     #: The longest target of a symbolic link, and the longest name, in bytes.
     name_bytes: int = 255
+    #: Files of up to so many bytes are quicker made by `create_whole` than one by one.
+    small_file_bytes: int = 64 << 10
     #: Features by name, for `info`.
     features: Sequence[str] = ()
 
@@ -307,6 +311,9 @@ class FileSystem(ABC):
         while waiting:
             path, number = waiting.pop()
             for entry in await self.entries(number):
+                if b"/" in entry.name:
+                    message = f"directory inode {number}: found the name {entry.name!r}, expected one without a slash"
+                    raise CorruptionError(message, path=self.name)
                 below = path + b"/" + entry.name if path else entry.name
                 attributes = await self.attributes(entry.inode)
                 found.append(TreeEntry(below, attributes))
@@ -328,24 +335,44 @@ class FileSystem(ABC):
                 await file.close()
         return contents
 
+    async def with_xattrs(self, inodes: Sequence[int]) -> set[int]:
+        """Those of these inodes that have extended attributes, or may have."""
+        return {number for number in dict.fromkeys(inodes) if await self.xattrs(number)}
+
     async def create_whole(self, files: Sequence[NewFile]) -> list[int]:
         """The inodes of these new files, made with their contents. For many small ones.
 
-        Raises what `create` and `write` raise; those before the one that failed may be there then.
+        Raises what `create` and `write` raise; those before the one that failed may be there then, whole.
         """
         numbers: list[int] = []
         for new in files:
             mode = stat.S_IFREG | stat.S_IMODE(new.mode)
             number = await self.create(new.directory, new.name, mode, uid=new.uid, gid=new.gid)
+            try:
+                if len(new.content):
+                    file = await self.open_file(number, writable=True)
+                    try:
+                        await self._write_whole(file, new)
+                    finally:
+                        await file.close()
+                # The directory may have passed its group on.
+                await self.set_attributes(
+                    number, uid=new.uid, gid=new.gid, atime_ns=new.atime_ns, mtime_ns=new.mtime_ns
+                )
+            except Exception:
+                with contextlib.suppress(ODirectError):
+                    await self.unlink(new.directory, new.name)
+                raise
             numbers.append(number)
-            if len(new.content):
-                file = await self.open_file(number, writable=True)
-                try:
-                    await file.write(0, [memoryview(new.content)])
-                finally:
-                    await file.close()
-            await self.set_attributes(number, atime_ns=new.atime_ns, mtime_ns=new.mtime_ns)
         return numbers
+
+    async def _write_whole(self, file: VolumeFile, new: NewFile) -> None:
+        done, content = 0, memoryview(new.content)
+        while done < len(content):
+            moved = (await file.write(done, [content[done:]])).transferred
+            if not moved:
+                raise NoSpaceError("no space is left on the volume", path=new.name)
+            done += moved
 
     @abstractmethod
     async def space(self) -> SpaceUse:

@@ -94,6 +94,9 @@ class FileNode(ABC):
         self.lock = Mutex()
         self.allocating = Mutex()
         self.in_flight = Count()
+        #: Direct writes whose lock may be somebody else's by now. A page that is changed in part waits for them:
+        #: what it had of their bytes would go over theirs.
+        self.overwriting = Count()
         self.handles = 0
         self._size = size_bytes
         self.pages = FilePages(home.page_cache, self)
@@ -205,6 +208,8 @@ class FileNode(ABC):
     def grown(self, size: int) -> None:
         """Data up to `size` is on the device and published: users may see it (F03)."""
         if size > self._size:
+            # A reader may have brought in the last block with nothing behind its end.
+            self.pages.invalidate(self._size, 1)
             self._size = size
 
     def place(self, op: int, offset: int, length: int) -> int:
@@ -276,6 +281,7 @@ class FileNode(ABC):
             found[((offsets | length | found) & (unit - 1) != 0) | (offsets > self._size - length)] = -1
             if op == WRITE:
                 self.touch()
+                self.overwriting.up()
             self.in_flight.up()
         return found
 
@@ -445,18 +451,15 @@ class FileNode(ABC):
             if access == "strict":
                 raise NotDirectError(f"writing {length} bytes at {offset}: pages of it are in use")
             return await self._through_cache(offset, segments, length, Outcome(Kind.BUFFERED, Reason.CACHED_BY_FS))
+        self.overwriting.up()
         try:
             try:
                 request = await self._send(writing, offset, segments, length, flags)
             except NoSpaceError:
                 await self.make_room()
                 request = await self._send(writing, offset, segments, length, flags)
-        except GeneratorExit:
-            raise  # Thrown away: nothing may wait any more.
-        except BaseException:
-            await self.forget(offset, length)
-            raise
-        await self.forget(offset, length)
+        finally:
+            self.overwritten(offset, length)
         done = request.result()
         if done == length or request.fallback in (None, Reason.NO_SPACE):
             return Done(done, _WRITTEN)
@@ -487,8 +490,17 @@ class FileNode(ABC):
                 held.release()
         return request
 
+    def overwritten(self, offset: int, length: int) -> bool:
+        """A direct write has ended, well or not; what a buffered reader brought in meanwhile goes (F20).
+
+        False if a page is left that is not clean. Both in one step, before whoever waits for the end goes on.
+        """
+        is_clean = self.pages.invalidate(offset, length)
+        self.overwriting.down()
+        return is_clean
+
     async def forget(self, offset: int, length: int) -> None:
-        """Drop what a buffered reader brought in while these bytes were written direct (F20)."""
+        """Drop what a buffered reader brought in while these bytes were changed on the device (F20)."""
         if not self.pages.invalidate(offset, length):
             await self.pages.drop(offset, length)
 
@@ -559,6 +571,7 @@ class FileNode(ABC):
 
     async def _cached_write(self, offset: int, segments: Sequence[memoryview], length: int) -> int:
         """Into the page cache; the size follows. Short if only a part has room."""
+        await self.overwriting.zero()
         done = 0
         while done < length:
             piece = min(length - done, _CACHED_PIECE)
@@ -583,9 +596,14 @@ class FileNode(ABC):
         return done
 
     async def _cached_zero(self, offset: int, length: int) -> None:
-        """Zeroes in the page cache, unless a hole or the end says zero already."""
-        if length > 0 and (self.pages.is_cached(offset, length) or not await self.is_hole(offset)):
-            await self.pages.zero(offset, length)
+        """Zeroes in the page cache, where a hole or the end does not say zero already."""
+        end = offset + length
+        while offset < end:
+            part = min(end, align_up(offset + 1, self.block_bytes)) - offset
+            if self.pages.is_cached(offset, part) or not await self.is_hole(offset):
+                await self.overwriting.zero()
+                await self.pages.zero(offset, part)
+            offset += part
 
     @abstractmethod
     async def is_hole(self, offset: int) -> bool:
@@ -600,6 +618,7 @@ class FileNode(ABC):
         if not self.pages.is_cached(start, self.block_bytes) and await self.is_hole(start):
             return
         size = self._size
+        await self.overwriting.zero()
         await self.pages.zero(size, self.block_bytes - tail)
         await self.pages.write_back(start, self.block_bytes)
 
@@ -711,9 +730,9 @@ class NodeFile(VolumeFile):
 
     async def end_batch(self, op: int) -> None:
         """The transfers of `begin_batch` have ended, well or not."""
+        if op == WRITE:
+            self.node.overwritten(0, max(self.node.size_bytes, 1))
         self.node.in_flight.down()
-        if op == WRITE and self.node.size_bytes:
-            await self.node.forget(0, self.node.size_bytes)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """See `VolumeFile`."""

@@ -54,9 +54,7 @@ def path_bytes(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> byt
     return encoded
 
 
-async def walk(
-    file_system: FileSystem, path: bytes, *, follow: bool, look: bool = True, create: bool = False
-) -> Spot:
+async def walk(file_system: FileSystem, path: bytes, *, follow: bool, look: bool = True, create: bool = False) -> Spot:
     """Where `path` leads. follow: if it ends at a symbolic link, where that leads.
 
     look=False: the last name is not looked for (`look_at` does that), unless it is the root, "." or "..".

@@ -11,9 +11,11 @@ import operator
 from collections.abc import Callable
 from typing import cast
 
+from odirect.base import trace
 from odirect.base.errors import ODirectError, from_errno
-from odirect.block.bio import FUA, NOWAIT, READ, WRITE, Bio
+from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE, Bio
 from odirect.block.buffers import as_bytes_view
+from odirect.block.file_device import FileDevice, transfer_flags
 from odirect.dio.blockdev import REFUSALS
 from odirect.dio.outcome import Kind, Outcome, Promise
 from odirect.dio.piece import TRANSIENT, VERB
@@ -28,20 +30,35 @@ _HAND_OVER = 8
 # `DirectHandle.fits` asks for a descriptor that could be used; nothing is transferred by it here.
 _ANY_DESCRIPTOR = 0
 
-_EXPECTED = (Outcome(Kind.DIRECT), Outcome(Kind.DIRECT, promise=Promise.DEVICE))
+_DIRECT_READ = Outcome(Kind.DIRECT)
+_EXPECTED = (_DIRECT_READ, Outcome(Kind.DIRECT, promise=Promise.DEVICE))
 
 
 class VolumeRequest(Request):
     """A `Request` on a file of a volume."""
 
-    __slots__ = ()
+    __slots__ = ("_starter",)
 
-    def __init__(self, op: int, offset: int, length: int, buffer: object, tag: object) -> None:
+    def __init__(self, starter: NodeRequests, op: int, offset: int, length: int, buffer: object, tag: object) -> None:
+        self._starter = starter
         self.op = op
         self.offset = offset
         self.length = length
         self.buffer = buffer
         self.tag = tag
+
+    def finish(self, result: int) -> None:
+        """The ring's answer has come, to a request that is on it without a bio. For `RingQueue`."""
+        starter = self._starter
+        if result != self.length or self.op:
+            starter.came_back(self, max(0, result), max(0, -result))
+            return
+        starter.in_flight.down()
+        starter.pending -= 1
+        self.transferred = result
+        self.outcome = _DIRECT_READ
+        self.exception = None
+        starter.notify(self)
 
 
 class NodeRequests:
@@ -65,6 +82,7 @@ class NodeRequests:
         self.notify = notify
         self._file = file
         self._node = file.node
+        self.in_flight = file.node.in_flight
         self._device = file.node.home.device
         self._scheduler = scheduler
         self._access = access
@@ -73,6 +91,13 @@ class NodeRequests:
         self._unsent = 0
         limits = file.limits
         self._simple = DirectHandle(_ANY_DESCRIPTOR, limits.read_align, limits.write_align, limits.memory_align)
+        # A driver that several threads share polls without its lock; else the request itself can be on the ring, and
+        # is told its answer there, which spares it a bio.
+        self._queue: Callable[..., None] | None = None
+        if guard is None and isinstance(self._device, FileDevice) and not flags & HIPRI:
+            self._queue = self._device.queue.ring.queue
+            self._handle = self._device.handle
+            self._rwf = (transfer_flags(self._flags[READ]), transfer_flags(self._flags[WRITE]))
         # What is cached, or durable when it is done, takes more than one bio.
         self._may = (access != "buffered", access != "buffered" and not flags & FUA)
 
@@ -83,34 +108,44 @@ class NodeRequests:
 
     def start_now(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
         """See `Starter`."""
-        if not self._may[op]:
-            return None
         with self._guard:
-            node = self._node
-            self._simple.size_hint = node.size_bytes
-            length = self._simple.fits(op, buffer, offset)
-            if length <= 0 or not self._file.may(op):
-                return None
-            addr = node.place(op, offset, length)
-            if addr < 0:
-                return None
-            view = as_bytes_view(buffer, writable=op == READ)
-            request = VolumeRequest(op, offset, length, buffer, tag)
-            bio = Bio(op, addr, (view,), length, self._flags[op], self._ended, request)
+            return self.begin(op, offset, buffer, tag)
+
+    def begin(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
+        """`start_now` under the guard, or where there is none."""
+        if not self._may[op] or trace.active is not None:
+            return None  # What is traced goes the general way, which tells what it does.
+        node = self._node
+        simple = self._simple
+        simple.size_hint = node.size_bytes
+        length = simple.fits(op, buffer, offset)
+        if length <= 0 or not self._file.may(op):
+            return None
+        addr = node.place(op, offset, length)
+        if addr < 0:
+            return None
+        request = VolumeRequest(self, op, offset, length, buffer, tag)
+        if op == WRITE:
+            node.touch()
+            node.overwriting.up()
+        self.in_flight.up()
+        self.pending += 1
+        try:
+            if self._queue is not None and trace.active is None:
+                self._queue(op, self._handle, (buffer,), addr, length, self._rwf[op], request)
+            else:
+                view = as_bytes_view(buffer, writable=op == READ)
+                self._device.submit(Bio(op, addr, (view,), length, self._flags[op], self._ended, request))
+        except BaseException:
             if op == WRITE:
-                node.touch()
-            node.in_flight.up()
-            self.pending += 1
-            try:
-                self._device.submit(bio)
-            except BaseException:
-                node.in_flight.down()
-                self.pending -= 1
-                raise
-            self._unsent += 1
-            if self._unsent == _HAND_OVER:
-                self._unsent = 0
-                self._device.commit()
+                node.overwriting.down()
+            self.in_flight.down()
+            self.pending -= 1
+            raise
+        self._unsent += 1
+        if self._unsent == _HAND_OVER:
+            self._unsent = 0
+            self._device.commit()
         return request
 
     def start_task(self, op: int, offset: int, buffer: object, tag: object) -> Request:
@@ -119,7 +154,7 @@ class NodeRequests:
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
         view = as_bytes_view(buffer, writable=op == READ)
-        request = VolumeRequest(op, offset, len(view), view, tag)
+        request = VolumeRequest(self, op, offset, len(view), view, tag)
         self.pending += 1
         self._spawn(request)
         return request
@@ -129,19 +164,23 @@ class NodeRequests:
 
     def _ended(self, bio: Bio) -> None:
         """The bio has come back. Runs in the dispatch; never waits."""
-        request = cast(VolumeRequest, bio.private)
+        self.came_back(cast(VolumeRequest, bio.private), bio.done_bytes, bio.error)
+
+    def came_back(self, request: VolumeRequest, done: int, error: int) -> None:
+        """The device has done so many bytes of a request, or said this errno. Never waits."""
         node = self._node
-        node.in_flight.down()
-        if bio.op == WRITE and not node.pages.invalidate(request.offset, request.length):
-            # A buffered reader has brought in what was there before (F20).
+        op = request.op
+        self.in_flight.down()
+        if op == WRITE and not node.overwritten(request.offset, request.length):
+            # A page of it was changed meanwhile; it may have what was there before (F20).
             self._spawn(request)
-        elif bio.done_bytes == request.length and not bio.error:
-            self._settle(request, request.length, _EXPECTED[bio.op])
-        elif bio.done_bytes and bio.op == WRITE and bio.flags & NOWAIT:
-            self._settle(request, bio.done_bytes, _EXPECTED[WRITE])  # Going on could end in "would block" (F08).
-        elif bio.error and bio.error not in REFUSALS and (bio.error not in TRANSIENT or bio.flags & NOWAIT):
-            doing = f"{VERB[bio.op]} {request.length} bytes at {request.offset}"
-            self._fail(request, from_errno(bio.error, doing, self._file.name))
+        elif done == request.length and not error:
+            self._settle(request, done, _EXPECTED[op])
+        elif done and op == WRITE and self._flags[op] & NOWAIT:
+            self._settle(request, done, _EXPECTED[WRITE])  # Going on could end in "would block" (F08).
+        elif error and error not in REFUSALS and (error not in TRANSIENT or self._flags[op] & NOWAIT):
+            doing = f"{VERB[op]} {request.length} bytes at {request.offset}"
+            self._fail(request, from_errno(error, doing, self._file.name))
         else:
             self._spawn(request)
 

@@ -104,8 +104,9 @@ class Ring(Protocol):
         """(tag, result) of finished operations; result is a byte count or a negative errno.
 
         into: a list that they are added to, and that is returned: then a handler that raises right behind
-        this call takes nothing with it. Commits first what is queued. 0 looks, -1 waits for one; returns [] at once if nothing is
-        in flight. A signal's Python handler runs in here: its exception leaves, nothing is lost.
+        this call takes nothing with it. Commits first what is queued. timeout_ns: 0 looks, -1 waits
+        for one; at once if nothing is in flight. A signal's Python handler runs in here: its
+        exception leaves, nothing is lost.
         """
         ...
 

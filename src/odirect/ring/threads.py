@@ -260,9 +260,9 @@ class ThreadRing:
         """(tag, result) of finished operations; result is a byte count or a negative errno.
 
         into: a list that they are added to, and that is returned: then a handler that raises right behind
-        this call takes nothing with it. Commits first what is queued. `timeout_ns` 0 looks, -1 waits for one; [] at once if nothing is
-        in flight. Raises what a signal's handler raises, with nothing lost, and RuntimeError if
-        another call is inside `reap`.
+        this call takes nothing with it. Commits first what is queued. `timeout_ns` 0 looks, -1 waits for
+        one; at once if nothing is in flight. Raises what a signal's handler raises, with nothing lost, and
+        RuntimeError if another call is inside `reap`.
         """
         self._check()
         out = [] if into is None else into

@@ -332,6 +332,7 @@ class Workload:
             done = await self._fits(handle.write(offset, [memory], access=access, flags=flags))  # type: ignore[arg-type]
             moved = 0 if done is None else done.transferred
             if moved < len(data):
+                self.full += done is not None
                 assert self.tight, f"only {moved} of {len(data)} bytes were written"
                 there = await self._read(handle)
                 self._content(item, there, 0, max(len(there), len(new)))
@@ -476,8 +477,8 @@ class Workload:
             (2, self._link),
             (2, self._xattr),
             (2, self._chmod),
-            (3, self._fsync),
-            (2, self._handle),
+            (4, self._fsync),
+            (4, self._handle),
             (1, self._bulk),
             (2, self._check),
         ]
@@ -485,7 +486,9 @@ class Workload:
 
     def _pick_file(self) -> Item | None:
         found = [item for item in dict.fromkeys(self.edges.values()) if item.is_file and self._is_free(item)]
-        found += [item for item in self.handles if not item.links and self._is_free(item)]
+        held = [item for item in self.handles if self._is_free(item)]
+        if held and self.random.random() < 0.5:
+            return self.random.choice(held)
         return self.random.choice(found) if found else None
 
     def _is_free(self, item: Item) -> bool:

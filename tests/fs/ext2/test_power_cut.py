@@ -133,6 +133,21 @@ def names(work: Workload) -> None:
     assert empty.gone is not None
 
 
+def replaced(work: Workload) -> None:
+    """A file that is replaced again and again by a new one: its name is always there, and leads to a whole one."""
+    one = make(work, b"file")
+    work.run(work.write(one, 0, work.data(1500)))
+    work.run(work.sync())
+    for number in range(8):
+        new = make(work, b"new")
+        work.run(work.write(new, 0, work.data(900 + 300 * number)))
+        if number % 3 == 1:
+            work.run(work.fsync(new))
+        work.run(work.rename(work.root, b"new", work.root, b"file"))
+        if number % 2:
+            work.run(work.sync())
+
+
 def attributes(work: Workload) -> None:
     """Links of both kinds, modes, and extended attributes set, replaced, removed and gone with their file."""
     one = make(work, b"one")
@@ -217,7 +232,9 @@ def in_need(work: Workload) -> None:
     work.run(work.write(again, 0, work.data(60 * block)))
     work.run(work.punch(big, 0, 20 * block))
     make(work, b"directory", DIRECTORY)
-    work.run(work.write(again, 40 * block, work.data(25 * block)))
+    work.run(work.write(again, 40 * block, work.data(room * block)))
+    work.run(work.truncate(big, block))
+    work.run(work.write(again, 70 * block, work.data(20 * block), access="buffered"))
     assert work.full
 
 
@@ -226,6 +243,7 @@ SCRIPTS: list[Callable[[Workload], None]] = [
     buffered,
     shrinking,
     names,
+    replaced,
     attributes,
     many,
     side_by_side,

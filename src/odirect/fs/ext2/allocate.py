@@ -218,13 +218,17 @@ class Allocator:
         raise self._nothing_left("inode", self._held_inodes)
 
     def new_files(self, parent: Ext2Inode, wanted: int) -> list[int]:
-        """The numbers of `wanted` inodes that were free, for files in directory `parent`; as `new_inode` otherwise."""
+        """The numbers of `wanted` inodes that were free, for files in directory `parent`.
+
+        Their records are as they were: the caller makes them anew, with the generation that follows. Raises
+        as `new_inode` does.
+        """
         self.load()
         geometry = self.geometry
         numbers: list[int] = []
         while len(numbers) < wanted:
             for group in self._groups_for_file(parent):
-                indices = self._free_inodes_in(group, wanted - len(numbers))
+                indices = self.free_inodes_in(group, wanted - len(numbers))
                 if indices:
                     break
             else:
@@ -241,10 +245,6 @@ class Allocator:
             self._change_descriptor(group, free_inodes_count=descriptor.free_inodes_count - len(indices))
             self._change_total("free_inodes_count", -len(indices))
             numbers += [group * geometry.inodes_per_group + index + 1 for index in indices]
-        places = [geometry.inode_place(self.cache, number) for number in numbers]
-        self.cache.get_all(list(dict.fromkeys(block for block, _ in places)))
-        for number, (block, offset) in zip(numbers, places, strict=True):
-            self._clear_record(number, block, offset)
         return numbers
 
     def hold_record(self, number: int) -> None:
@@ -460,8 +460,8 @@ class Allocator:
         record[:] = bytes(len(record))
         _GENERATION.pack_into(record, _GENERATION_AT, (generation + 1) & 0xFFFFFFFF)
 
-    def _free_inodes_in(self, group: int, most: int) -> list[int]:
-        """The places of at most `most` free inodes of the group, the lowest."""
+    def free_inodes_in(self, group: int, most: int) -> list[int]:
+        """The places of at most `most` free inodes of the group, the lowest. BlockMiss."""
         import numpy
 
         bitmap = self.cache.get(self.descriptor(group).inode_bitmap)

@@ -66,6 +66,7 @@ class BlockMap:
         self._cache = cache
         self._inode = inode
         self._pointers = geometry.pointers_per_block
+        self._block_bytes = geometry.block_bytes
         self._leaves: dict[int, _Leaf] = {}
         self._runs = 0
         #: File blocks whose content a reader has checked, and need not again while they are the same ones
@@ -96,6 +97,21 @@ class BlockMap:
         if index < len(blocks):
             return Run(file_block, count, block)
         return self._longer(file_block, count, block, limit)
+
+    def place(self, offset: int, length: int) -> int:
+        """The byte of the device that byte `offset` (0 or more) is at, if the range follows there in one leaf that is
+        known; -1 if `lookup` must be asked."""
+        block_bytes = self._block_bytes
+        file_block = offset // block_bytes
+        leaf = self._leaves.get((file_block - DIRECT_BLOCKS) // self._pointers)
+        if leaf is None:
+            return -1
+        starts, blocks, _ = leaf
+        index = bisect_right(starts, file_block)
+        block = blocks[index - 1]
+        if not block or starts[index] * block_bytes < offset + length:
+            return -1
+        return (block - starts[index - 1]) * block_bytes + offset
 
     def runs(self, first: int, last: int) -> Iterator[Run]:
         """All runs from block `first` to block `last`, holes too, in order; none has a boundary.

@@ -69,6 +69,30 @@ async def read_whole(volume: Ext2, inodes: Sequence[int]) -> list[bytes]:
         return await _read_runs(volume, runs, sizes)
 
 
+async def with_xattrs(volume: Ext2, inodes: Sequence[int]) -> set[int]:
+    """See `FileSystem.with_xattrs`."""
+    import numpy
+
+    if not inodes:
+        return set()
+    found: set[int] = set()
+    inode_bytes, start = volume.geometry.inode_bytes, format.GOOD_OLD_INODE_BYTES
+    for first in range(0, len(inodes), _INODES_AT_ONCE):
+        numbers = numpy.asarray(inodes[first : first + _INODES_AT_ONCE], numpy.int64)
+        records = await _records(volume, numbers.tolist())
+        having = records["file_acl"] != 0
+        if inode_bytes >= start + 4:
+            # They may be behind the inode's own fields too, however long those are; odd lengths are others' to judge.
+            raw = numpy.frombuffer(records.tobytes(), numpy.uint8).reshape(len(numbers), inode_bytes)
+            length = raw[:, start].astype(numpy.int64) | raw[:, start + 1].astype(numpy.int64) << 8
+            at = numpy.minimum(start + length, inode_bytes - 4)
+            rows = numpy.arange(len(numbers))
+            magic = sum(raw[rows, at + byte].astype(numpy.int64) << 8 * byte for byte in range(4))
+            having |= (magic == format.XATTR_MAGIC) | (start + length > inode_bytes)
+        found.update(numbers[having].tolist())
+    return found
+
+
 # Names and inodes.
 
 

@@ -137,7 +137,7 @@ class Ext2Inode:
             raise ValueError(f"inode {self.number} takes {geometry.inode_bytes} bytes, not {len(raw)}")
         if not self.is_file and self.size > _MASK:
             raise ValueError(f"inode {self.number}: only files can have {self.size} bytes")
-        atime, ctime, mtime, birth = map(self._on_disk, (self.atime_ns, self.ctime_ns, self.mtime_ns, self.birth_ns))
+        atime, ctime, mtime, birth = map(self.on_disk, (self.atime_ns, self.ctime_ns, self.mtime_ns, self.birth_ns))
         # Packed apart first: a value that does not fit must not leave half a record. Only the fields that are
         # known here, because this runs for every change of every file.
         record = bytearray(raw[: geometry.inode_bytes])
@@ -278,11 +278,11 @@ class Ext2Inode:
 
     def storable_time(self, time_ns: int) -> int:
         """The nearest time at or before `time_ns` that this inode's record can hold (or its first or last)."""
-        low, extra = self._on_disk(time_ns)
+        low, extra = self.on_disk(time_ns)
         return _from_disk(low, extra)
 
-    def _on_disk(self, time_ns: int) -> tuple[int, int]:
-        """(seconds as 32 bits, the extra part) of a time."""
+    def on_disk(self, time_ns: int) -> tuple[int, int]:
+        """(seconds as 32 bits, the extra part) of a time, as this inode's record can hold it."""
         seconds, nanoseconds = divmod(time_ns, _SECOND)
         # ctime, mtime, atime and birth lie behind each other; a part that ends between them is not made.
         has_extra = self.extra_isize >= EXTRA.size

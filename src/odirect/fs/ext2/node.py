@@ -18,7 +18,7 @@ from odirect.dio.engine import DirectRequest
 from odirect.dio.mapping import BOUNDARY, NEW, Extent, ExtentKind, Fallback, Mapper
 from odirect.dio.outcome import Reason
 from odirect.fs.ext2 import grow
-from odirect.fs.ext2.blockmap import BlockMap, Run
+from odirect.fs.ext2.blockmap import BlockMap, Run, tree_indices
 from odirect.fs.ext2.inode import Ext2Inode
 from odirect.fs.file import FileNode
 
@@ -67,7 +67,9 @@ class Ext2Mapper:
         volume = self._node.volume
         if not self._reserved:
             # What is promised to others is not ours.
-            count = min(count, volume.available_blocks() - _MOST_INDIRECT)
+            path = volume.map_of(self._node.meta).path(first)
+            indirect = len(tree_indices(volume.geometry, first)) - len(path)
+            count = min(count, volume.available_blocks() - indirect)
             if count <= 0:
                 raise volume.no_space()
         return grow.prepare(volume, self._node.meta, first, count)
@@ -137,9 +139,13 @@ class Ext2Node(FileNode):
 
     def known_place(self, offset: int, length: int) -> int:
         """See `FileNode`."""
+        blocks = self.volume.map_of(self.meta)
+        addr = blocks.place(offset, length)
+        if addr >= 0:
+            return addr
         first, inside = divmod(offset, self.block_bytes)
         try:
-            run = self.volume.map_of(self.meta).lookup(first, -(-(inside + length) // self.block_bytes))
+            run = blocks.lookup(first, -(-(inside + length) // self.block_bytes))
         except BlockMiss:
             return -1
         if not run.block or run.count * self.block_bytes < inside + length:

@@ -69,8 +69,9 @@ T = TypeVar("T")
 _MOST_INODES = 4096
 # A commit is begun when so many bytes of metadata wait for one.
 _DIRTY_BYTES = 32 << 20
-# A change that still lacks room after so many commits lacks it.
-_MOST_COMMITS = 3
+# A change that still asks for a commit after so many of them lacks room. Many names at once may need one for
+# each block of a directory that was made elsewhere.
+_MOST_COMMITS = 300
 _TIME_MOST = 0xFFFFFFFF
 # Directories of more blocks get an index of their names in memory; so many have one at once.
 _INDEXED_BLOCKS = 4
@@ -120,6 +121,7 @@ class Ext2(FileSystem):
         self.label = geometry.superblock.volume_name.rstrip(b"\0")
         self.features = _feature_names(geometry)
         self.max_file_bytes = geometry.max_file_bytes
+        self.small_file_bytes = bulk_create.most_bytes(geometry)
         self.cache = MetaCache(device, geometry.block_bytes, name=geometry.name)
         self.page_cache = PageCache()
         self.allocator = Allocator(geometry, self.cache)
@@ -545,6 +547,10 @@ class Ext2(FileSystem):
         """See `FileSystem`."""
         return await bulk.tree(self, directory)
 
+    async def with_xattrs(self, inodes: Sequence[int]) -> set[int]:
+        """See `FileSystem`."""
+        return await bulk.with_xattrs(self, inodes)
+
     async def read_whole(self, inodes: Sequence[int]) -> list[bytes]:
         """See `FileSystem`."""
         return await bulk.read_whole(self, inodes)
@@ -558,7 +564,7 @@ class Ext2(FileSystem):
         numbers: list[int] = []
         small: list[NewFile] = []
         for file in files:
-            if bulk_create.is_small(self, len(file.content)):
+            if len(file.content) <= self.small_file_bytes:
                 small.append(file)
                 continue
             numbers += await bulk_create.create_whole(self, small)
@@ -572,8 +578,8 @@ class Ext2(FileSystem):
             for block, count in runs:
                 self.allocator.free_run(block, count, never_used=True)
 
-    def new_files(self, directory_inode: int, names: Sequence[bytes]) -> list[Ext2Inode]:
-        """New inodes for files, under new names, whose records are still to be stored. Plain, for changes."""
+    def new_files(self, directory_inode: int, names: Sequence[bytes], now_ns: int) -> list[int]:
+        """The numbers of new inodes for files, under new names; their records are the caller's. Plain, for changes."""
         parent = self._directory(directory_inode)
         known = self._names.get(directory_inode)
         if known is None:
@@ -583,17 +589,19 @@ class Ext2(FileSystem):
             if name in known or name in fresh:
                 raise ExistsError("the name is taken", path=name)
             fresh.add(name)
-        now = self.now_ns()
         numbers = self.allocator.new_files(parent, len(names))
-        inodes = [self._new_inode(number, stat.S_IFREG, 0, 0, now) for number in numbers]
+        for number in numbers:
+            # What is known of a free inode ends here.
+            self._inodes.pop(number, None)
+            self._maps.pop(number, None)
         file_type = format.FileType.REGULAR
         added = [(name, number, file_type) for name, number in zip(names, numbers, strict=True)]
         blocks = entries.add_entries(self, parent, added)
         if directory_inode in self._names:
             known.update(zip(names, blocks, strict=True))
             self.cache.undo(lambda: [known.pop(name, None) for name in names])
-        self._touch_directory(parent, now)
-        return inodes
+        self._touch_directory(parent, now_ns)
+        return numbers
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:

@@ -1,0 +1,842 @@
+"""`odirect.aio.open_volume`: file systems inside image files and devices that are not mounted, for asyncio.
+
+    async with odirect.aio.open_volume("disk.img", "r+") as volume:
+        await volume.mkdir("/new")
+        async with volume.open("/data.bin") as file:
+            buffers = [odirect.empty(4096) for _ in range(32)]
+            await asyncio.gather(*(file.preadinto(b, i * 4096) for i, b in enumerate(buffers)))
+
+Each volume has a ring of its own, in the thread of the loop that opened it. What is done is what
+`odirect.Volume` does under the same name. A caller who is cancelled stops waiting; what he began goes on, and
+`close` waits for it. Looking and changing in memory is done in the loop's thread: a `check` of a large volume keeps
+the loop busy for as long as it computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import errno
+import os
+import stat
+import sys
+import uuid
+import warnings
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, AnyStr, Generic, TypeVar, overload
+
+from odirect.aio_opening import Opening
+from odirect.aio_runner import LoopRunner
+from odirect.aio_volume_file import FileInVolume
+from odirect.base.errors import (
+    MissingError,
+    NotDirectError,
+    NotDirectoryError,
+    ODirectError,
+    PathError,
+    UnsupportedError,
+)
+from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
+from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.device import BlockDevice, Limits
+from odirect.dio.mapping import Extent
+from odirect.dio.opening import Path
+from odirect.fs import tree
+from odirect.fs.base import ACCESSES, Access, Attributes, FileKind, FileSystem, Finding, VolumeFile
+from odirect.fs.paths import path_bytes, resolve
+from odirect.fs.tree import ROOT, Owner
+from odirect.sched.clock import wall_ns
+from odirect.volume_entries import stat_result, statvfs_result
+from odirect.volume_file import parse_mode
+from odirect.volume_opening import Image, LockedImage, lock_image
+from odirect.volume_runner import named
+
+__all__ = ["Entry", "Volume", "open_volume"]
+
+T = TypeVar("T")
+
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+# No file system here has smaller blocks.
+_SMALLEST_BLOCK = 1024
+# What `chown` leaves as it is.
+_KEEP = -1
+_NEW_NODE = stat.S_IFREG | 0o600
+
+
+def open_volume(
+    path: Path,
+    mode: str = "r",
+    *,
+    overwrite_in_use: bool = False,
+    owner: tuple[int, int] | None = None,
+    use_reserved: bool = False,
+) -> Opening[Volume]:
+    """A `Volume`, when awaited or entered with `async with`. Arguments and errors as for `odirect.open_volume`."""
+    if mode not in ("r", "r+"):
+        raise ValueError(f"mode {mode!r}: use 'r' or 'r+'")
+    writable = mode == "r+"
+    whose = Owner(os.geteuid(), os.getegid()) if owner is None else Owner(*owner)
+
+    def lock() -> LockedImage:
+        return lock_image(path, writable=writable, overwrite_in_use=overwrite_in_use)
+
+    async def begin() -> Volume:
+        mounting = _Mounting(await asyncio.to_thread(lock), writable=writable, use_reserved=use_reserved)
+        return Volume(await mounting.mount(), mounting.runner, image=mounting.image, owner=whose)
+
+    async def make() -> Volume:
+        opening = asyncio.ensure_future(begin())
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            # It goes on, and what it opens is closed when it is there.
+            opening.add_done_callback(_close_opened)
+            raise
+
+    return Opening(make)
+
+
+def _close_opened(opening: asyncio.Future[Volume]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().begin_closing()
+
+
+class _Mounting:
+    """An image in this thread's loop, and the file system in it."""
+
+    def __init__(self, locked: LockedImage, *, writable: bool, use_reserved: bool) -> None:
+        try:
+            self.image = Image(locked, shared=False)
+        except BaseException:
+            locked.close()
+            raise
+        self.runner = LoopRunner(asyncio.get_running_loop(), self.image.scheduler, self.image.name)
+        self._writable = writable
+        self._use_reserved = use_reserved
+        self._mounted: FileSystem | None = None
+
+    async def mount(self) -> FileSystem:
+        """The file system, open. If it cannot be, everything is closed."""
+        driver = self.runner.driver
+        try:
+            driver.watch(self.image.polled)
+            if self.image.align_bytes > _SMALLEST_BLOCK:
+                await self._choose_way()
+            await self.runner.start(self._open(self.image.device, self._writable), self.image.name)
+            if self._mounted is None:
+                raise RuntimeError("a file system was opened and is not there")
+            return self._mounted
+        except BaseException as error:
+            if not isinstance(error, ODirectError):
+                # The loop ends: a volume that was begun to be written must not stay marked as in use.
+                with contextlib.suppress(ODirectError):
+                    self.runner.finish(self._give_up())
+            driver.unwatch(self.image.polled)
+            self.image.close()
+            raise
+
+    async def _choose_way(self) -> None:
+        """Go through the page cache where blocks are smaller than what the device takes; a look says how large."""
+        driver = self.runner.driver
+        with self.image.beside() as device:
+            driver.watch(device)
+            try:
+                await self.runner.start(self._open(device, False), self.image.name)
+                if self._mounted is None:
+                    raise RuntimeError("a file system was opened and is not there")
+                looked, self._mounted = self._mounted, None
+                await self.runner.start(looked.close(), self.image.name)
+            finally:
+                driver.unwatch(device)
+        if looked.block_bytes % self.image.align_bytes:
+            driver.unwatch(self.image.polled)
+            self.image.use_cache()
+            driver.watch(self.image.polled)
+
+    async def _open(self, device: BlockDevice, writable: bool) -> None:
+        from odirect.fs.probe import open_filesystem
+
+        self._mounted = await open_filesystem(
+            device,
+            name=self.image.name,
+            writable=writable,
+            scheduler=self.image.scheduler,
+            clock_ns=wall_ns,
+            privileged=self._use_reserved,
+        )
+
+    async def _give_up(self) -> None:
+        await self.runner.busy.zero()
+        if self._mounted is not None:
+            await self._mounted.close()
+
+
+class Entry(Generic[AnyStr]):
+    """A name in a directory of a volume: `os.DirEntry`, but what may look at the volume is to be awaited.
+
+    name, and path (what was scanned, and the name), are of the type of the scanned path.
+    """
+
+    __slots__ = ("_inode", "_kind", "_volume", "name", "path")
+
+    def __init__(self, volume: Volume, name: AnyStr, path: AnyStr, inode: int, kind: FileKind) -> None:
+        self.name: AnyStr = name
+        self.path: AnyStr = path
+        self._volume = volume
+        self._inode = inode
+        self._kind = kind
+
+    def inode(self) -> int:
+        """The number of its inode."""
+        return self._inode
+
+    async def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a directory, or leads to one. False if there is nothing any more."""
+        return await self._is(FileKind.DIRECTORY, follow_symlinks)
+
+    async def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a regular file, or leads to one. False if there is nothing any more."""
+        return await self._is(FileKind.REGULAR, follow_symlinks)
+
+    async def is_symlink(self) -> bool:
+        """Whether it is a symbolic link."""
+        return await self._is(FileKind.SYMLINK, False)
+
+    async def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """What it is now."""
+        return await self._volume.stat(self.path, follow_symlinks=follow_symlinks)
+
+    def __repr__(self) -> str:
+        return f"<aio.Entry {self.name!r}>"
+
+    async def _is(self, wanted: FileKind, follow: bool) -> bool:
+        known = self._kind
+        if known is not FileKind.UNKNOWN and not (follow and known is FileKind.SYMLINK):
+            return known is wanted
+        try:
+            found = await self._volume.attributes(self.path, follow_symlinks=follow)
+        except MissingError:
+            return False
+        return found.kind is wanted
+
+
+class Volume:
+    """An open volume of one event loop: its files and directories by paths from its root. Made by `open_volume`.
+
+    A path is str, bytes or a PathLike; what is given back is of its type. Nobody's permissions are checked.
+    """
+
+    def __init__(
+        self, file_system: FileSystem, runner: LoopRunner, *, image: Image | None, owner: Owner = ROOT
+    ) -> None:
+        """image: what it is on, closed with the volume; None for a file system that is on nothing.
+
+        owner: whose what is made will be.
+        """
+        self.file_system = file_system
+        self.runner = runner
+        self.owner = owner
+        self._image = image
+        self._reasons = {} if image is None else image.reasons
+        self._released = False
+        self._files: weakref.WeakSet[FileInVolume] = weakref.WeakSet()
+        # Equal for the same volume, so that `os.path.samestat` works within it, and unequal for others.
+        self._device = int.from_bytes(file_system.uuid[:4], "little")
+        _open.add(self)
+
+    # What it is.
+
+    @property
+    def kind(self) -> str:
+        """Which file system it is: "ext2"."""
+        return self.file_system.kind
+
+    @property
+    def name(self) -> str:
+        """The path of its image or device."""
+        return self.file_system.name
+
+    @property
+    def label(self) -> str:
+        """The name that was given to it when it was made, or later; "" for none."""
+        return os.fsdecode(self.file_system.label)
+
+    @property
+    def uuid(self) -> str:
+        """Its identity, as 8-4-4-4-12 hexadecimal digits."""
+        return str(uuid.UUID(bytes=self.file_system.uuid))
+
+    @property
+    def features(self) -> Sequence[str]:
+        """The format's features that it has, by name."""
+        return tuple(self.file_system.features)
+
+    @property
+    def block_bytes(self) -> int:
+        """The size of its blocks."""
+        return self.file_system.block_bytes
+
+    @property
+    def writable(self) -> bool:
+        """Whether it takes changes: it was opened so, and nothing has failed since."""
+        return not self.closed and self.file_system.writable
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether its bytes go past the page cache, as far as is known before they go."""
+        return self._image is not None and self._image.is_direct
+
+    @property
+    def limits(self) -> Limits:
+        """What its device takes, each figure with its source."""
+        return Limits() if self._image is None else self._image.limits
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed, or is being closed."""
+        return self.runner.closed or self._released
+
+    def __repr__(self) -> str:
+        state = "closed " if self.closed else ""
+        return f"<{state}odirect.aio.Volume {self.name!r} {self.kind}{' writable' if self.writable else ''}>"
+
+    # As a whole.
+
+    async def statfs(self) -> os.statvfs_result:
+        """How full it is, as `os.statvfs` gives it."""
+        space = await self._run(self.file_system.space(), self.name)
+        return statvfs_result(space, writable=self.writable)
+
+    async def sync(self) -> None:
+        """Make everything durable: files and names."""
+        await self._run(self.file_system.sync(), self.name)
+
+    async def check(self) -> list[Finding]:
+        """What is wrong with it, found by a walk that only reads."""
+        return await self._run(self.file_system.check(), self.name)
+
+    # Files.
+
+    def open(
+        self,
+        path: AnyPath,
+        mode: str = "r",
+        *,
+        access: Access = "auto",
+        dsync: bool = False,
+        nowait: bool = False,
+        hipri: bool = False,
+        permissions: int = 0o644,
+    ) -> Opening[FileInVolume]:
+        """The regular file at `path`, when awaited or entered with `async with`.
+
+        The arguments and errors are those of `odirect.Volume.open`; there is no position, so "a" is a mode
+        that makes a file and cuts nothing.
+        """
+        opening = parse_mode(mode)
+        if access not in ACCESSES:
+            raise ValueError(f"access {access!r}: use 'auto', 'strict' or 'buffered'")
+        encoded, shown = _path(path)
+        for op, wanted in ((READ, opening.readable), (WRITE, opening.writable)):
+            if access == "strict" and wanted and op in self._reasons:
+                message = f"the volume's image does not go past the page cache: {self._reasons[op].value}"
+                raise NotDirectError(message, path=shown)
+        flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0)
+        seen = self._image.seen if self._image is not None and self._reasons else None
+
+        async def make() -> FileInVolume:
+            begin = tree.open_file(
+                self.file_system,
+                encoded,
+                writable=opening.writable,
+                create=opening.create,
+                exclusive=opening.exclusive,
+                truncate=opening.truncate,
+                permissions=permissions,
+                owner=self.owner,
+            )
+            handle = self.runner.start(begin, shown)
+            try:
+                file = FileInVolume(self, await asyncio.shield(handle), shown, opening, access, flags, seen)
+            except asyncio.CancelledError:
+                # The file is opened all the same, and nobody has it.
+                handle.add_done_callback(self._abandon_opened)
+                raise
+            self._files.add(file)
+            return file
+
+        return Opening(make)
+
+    async def read_bytes(self, path: AnyPath) -> bytes:
+        """All bytes of the file at `path`."""
+        encoded, shown = _path(path)
+
+        async def read() -> bytes:
+            file = await tree.open_file(self.file_system, encoded, writable=False)
+            try:
+                buffer = empty(file.size_bytes)
+                return bytes(buffer[: await tree.read_whole(file, buffer)])
+            finally:
+                await file.close()
+
+        return await self._run(read(), shown)
+
+    async def write_bytes(self, path: AnyPath, data: object, *, permissions: int = 0o644) -> int:
+        """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
+        encoded, shown = _path(path)
+        view = as_bytes_view(data, writable=False)
+
+        async def write() -> int:
+            file = await tree.open_file(
+                self.file_system,
+                encoded,
+                writable=True,
+                create=True,
+                truncate=True,
+                permissions=permissions,
+                owner=self.owner,
+            )
+            try:
+                await tree.write_whole(file, 0, view)
+            finally:
+                await file.close()
+            return len(view)
+
+        return await self._run(write(), shown)
+
+    async def extents(self, path: AnyPath, offset: int = 0, length: int | None = None) -> list[Extent]:
+        """Where the bytes of the file at `path` are on the device, holes included, in order."""
+        async with self.open(path) as file:
+            return await file.extents(offset, length)
+
+    # Looking.
+
+    async def stat(self, path: AnyPath, *, follow_symlinks: bool = True) -> os.stat_result:
+        """What is at `path`; follow_symlinks: what a symbolic link leads to."""
+        return stat_result(await self.attributes(path, follow_symlinks=follow_symlinks), self._device)
+
+    async def lstat(self, path: AnyPath) -> os.stat_result:
+        """What is at `path`, be it a symbolic link."""
+        return await self.stat(path, follow_symlinks=False)
+
+    async def attributes(self, path: AnyPath, *, follow_symlinks: bool = True) -> Attributes:
+        """What is at `path`, as the file system says it."""
+        encoded, shown = _path(path)
+        return await self._run(resolve(self.file_system, encoded, follow=follow_symlinks), shown)
+
+    async def exists(self, path: AnyPath, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is anything at `path`."""
+        return await self._kind(path, follow_symlinks) is not None
+
+    async def is_dir(self, path: AnyPath, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is a directory at `path`."""
+        return await self._kind(path, follow_symlinks) is FileKind.DIRECTORY
+
+    async def is_file(self, path: AnyPath, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is a regular file at `path`."""
+        return await self._kind(path, follow_symlinks) is FileKind.REGULAR
+
+    async def is_symlink(self, path: AnyPath) -> bool:
+        """Whether there is a symbolic link at `path`."""
+        return await self._kind(path, False) is FileKind.SYMLINK
+
+    @overload
+    async def scandir(self, path: bytes | os.PathLike[bytes]) -> list[Entry[bytes]]: ...
+    @overload
+    async def scandir(self, path: str | os.PathLike[str] = "/") -> list[Entry[str]]: ...
+    async def scandir(self, path: AnyPath = "/") -> list[Entry[bytes]] | list[Entry[str]]:
+        """The entries of the directory at `path`, but "." and "..", as it is now."""
+        encoded, shown = _path(path)
+        found = await self._run(tree.list_directory(self.file_system, encoded), shown)
+        if isinstance(shown, bytes):
+            return [Entry(self, name, os.path.join(shown, name), number, kind) for name, number, kind in found]
+        decoded = [(os.fsdecode(name), number, kind) for name, number, kind in found]
+        return [Entry(self, name, os.path.join(shown, name), number, kind) for name, number, kind in decoded]
+
+    @overload
+    async def listdir(self, path: bytes | os.PathLike[bytes]) -> list[bytes]: ...
+    @overload
+    async def listdir(self, path: str | os.PathLike[str] = "/") -> list[str]: ...
+    async def listdir(self, path: AnyPath = "/") -> list[str] | list[bytes]:
+        """The names in the directory at `path`."""
+        encoded, shown = _path(path)
+        found = await self._run(tree.list_directory(self.file_system, encoded), shown)
+        if isinstance(shown, bytes):
+            return [entry.name for entry in found]
+        return [os.fsdecode(entry.name) for entry in found]
+
+    async def walk(
+        self,
+        top: AnyPath = "/",
+        *,
+        topdown: bool = True,
+        onerror: Callable[[ODirectError], object] | None = None,
+        followlinks: bool = False,
+    ) -> AsyncIterator[tuple[Any, list[Any], list[Any]]]:
+        """(directory, names of directories in it, other names) for `top` and all below, as `os.walk` does.
+
+        topdown: a directory before what is in it; then what is taken out of its list of directories is not
+        gone into. onerror: called with the error of a directory that cannot be listed; else it is left out.
+        """
+        stack: list[Any] = [_path(top)[1]]
+        while stack:
+            place = stack.pop()
+            if isinstance(place, tuple):
+                yield place
+                continue
+            try:
+                directories, others, links = await self._sorted(place)
+            except ODirectError as error:
+                if onerror is not None:
+                    onerror(error)
+                continue
+            if topdown:
+                yield place, directories, others  # The caller may change the list.
+            else:
+                stack.append((place, directories, others))
+            stack += [os.path.join(place, name) for name in reversed(directories) if followlinks or name not in links]
+
+    @overload
+    async def readlink(self, path: bytes | os.PathLike[bytes]) -> bytes: ...
+    @overload
+    async def readlink(self, path: str | os.PathLike[str]) -> str: ...
+    async def readlink(self, path: AnyPath) -> str | bytes:
+        """Where the symbolic link at `path` leads."""
+        encoded, shown = _path(path)
+        target = await self._run(tree.read_link(self.file_system, encoded), shown)
+        return target if isinstance(shown, bytes) else os.fsdecode(target)
+
+    async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
+        """The extended attributes of what is at `path`, by their full names ("user.comment")."""
+        encoded, shown = _path(path)
+
+        async def read() -> dict[bytes, bytes]:
+            found = await resolve(self.file_system, encoded, follow=follow_symlinks)
+            return await self.file_system.xattrs(found.inode)
+
+        return {os.fsdecode(name): value for name, value in (await self._run(read(), shown)).items()}
+
+    # Making.
+
+    async def mkdir(self, path: AnyPath, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
+        """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
+        encoded, shown = _path(path)
+
+        async def make() -> None:
+            if parents:
+                await tree.make_directories(
+                    self.file_system, encoded, permissions=mode, owner=self.owner, exist_ok=exist_ok
+                )
+                return
+            try:
+                await tree.make(self.file_system, encoded, stat.S_IFDIR | stat.S_IMODE(mode), owner=self.owner)
+            except PathError as error:
+                there = exist_ok and error.errno == errno.EEXIST
+                if not there or not await tree.is_directory(self.file_system, encoded):
+                    raise
+
+        await self._run(make(), shown)
+
+    async def makedirs(self, path: AnyPath, mode: int = 0o755, exist_ok: bool = False) -> None:
+        """Make a directory and what is missing above it, as `os.makedirs` does."""
+        await self.mkdir(path, mode, parents=True, exist_ok=exist_ok)
+
+    async def mknod(self, path: AnyPath, mode: int = _NEW_NODE, device: int = 0) -> None:
+        """Make an empty file, fifo, socket or device; mode: its type (a file, if none is said) and permissions."""
+        kind = stat.S_IFMT(mode) or stat.S_IFREG
+        if kind in (stat.S_IFDIR, stat.S_IFLNK):
+            raise PathError("mknod makes no directories and no links", errno=errno.EPERM, path=os.fspath(path))
+        await self._make(path, kind | stat.S_IMODE(mode), device_number=device)
+
+    async def symlink(self, target: AnyPath, path: AnyPath) -> None:
+        """Make `path` a symbolic link to `target`, which need not be there, and is kept as it is given."""
+        await self._make(path, stat.S_IFLNK | 0o777, target=path_bytes(target))
+
+    async def link(self, source: AnyPath, path: AnyPath, *, follow_symlinks: bool = False) -> None:
+        """Give what is at `source` the name `path` too (a hard link)."""
+        old, new = path_bytes(source), path_bytes(path)
+        await self._run_both(tree.link(self.file_system, old, new, follow=follow_symlinks), source, path)
+
+    # Moving and removing.
+
+    async def rename(self, source: AnyPath, path: AnyPath) -> None:
+        """Move `source` to `path`, over what is there, as rename(2) does."""
+        old, new = path_bytes(source), path_bytes(path)
+        await self._run_both(tree.rename(self.file_system, old, new), source, path)
+
+    replace = rename
+
+    async def remove(self, path: AnyPath) -> None:
+        """Remove a name of what is no directory."""
+        encoded, shown = _path(path)
+        await self._run(tree.unlink(self.file_system, encoded), shown)
+
+    unlink = remove
+
+    async def rmdir(self, path: AnyPath) -> None:
+        """Remove an empty directory."""
+        encoded, shown = _path(path)
+        await self._run(tree.remove_directory(self.file_system, encoded), shown)
+
+    async def rmtree(self, path: AnyPath) -> None:
+        """Remove a directory and everything in it; symbolic links are removed, not followed."""
+        encoded, shown = _path(path)
+        await self._run(tree.remove_tree(self.file_system, encoded), shown)
+
+    # Changing.
+
+    async def chmod(self, path: AnyPath, mode: int, *, follow_symlinks: bool = True) -> None:
+        """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
+        encoded, shown = _path(path)
+
+        async def change() -> None:
+            if not follow_symlinks:
+                found = await resolve(self.file_system, encoded, follow=False)
+                if found.kind is FileKind.SYMLINK:
+                    raise UnsupportedError("a symbolic link has no permissions of its own")
+            await tree.change(self.file_system, encoded, mode=stat.S_IMODE(mode))
+
+        await self._run(change(), shown)
+
+    async def chown(self, path: AnyPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
+        """Set the owner and group of what is at `path`; -1 leaves one as it is."""
+        encoded, shown = _path(path)
+        change = tree.change(
+            self.file_system,
+            encoded,
+            follow=follow_symlinks,
+            uid=None if uid == _KEEP else uid,
+            gid=None if gid == _KEEP else gid,
+        )
+        await self._run(change, shown)
+
+    async def utime(
+        self,
+        path: AnyPath,
+        times: tuple[float, float] | None = None,
+        *,
+        ns: tuple[int, int] | None = None,
+        follow_symlinks: bool = True,
+    ) -> None:
+        """Set the times of access and change, in seconds or nanoseconds; without either, to now."""
+        if times is not None and ns is not None:
+            raise ValueError("utime takes times or ns, not both")
+        if times is not None:
+            ns = (int(times[0] * 1_000_000_000), int(times[1] * 1_000_000_000))
+        elif ns is None:
+            now_ns = wall_ns()
+            ns = (now_ns, now_ns)
+        encoded, shown = _path(path)
+        change = tree.change(self.file_system, encoded, follow=follow_symlinks, atime_ns=ns[0], mtime_ns=ns[1])
+        await self._run(change, shown)
+
+    async def set_xattr(self, path: AnyPath, name: str | bytes, value: bytes, *, follow_symlinks: bool = True) -> None:
+        """Set an extended attribute; name: in full ("user.comment")."""
+        await self._change_xattr(path, name, bytes(as_bytes_view(value, writable=False)), follow_symlinks)
+
+    async def remove_xattr(self, path: AnyPath, name: str | bytes, *, follow_symlinks: bool = True) -> None:
+        """Remove an extended attribute; PathError with ENODATA if there is none."""
+        await self._change_xattr(path, name, None, follow_symlinks)
+
+    # Closing.
+
+    async def close(self) -> None:
+        """Wait for what was begun, close the files, make everything durable, mark it clean. Twice is harmless.
+
+        Raises what cannot be written; it is closed all the same. A caller who is cancelled meanwhile does not keep
+        it open. Where its loop has been closed, it is done at once, which blocks.
+        """
+        if self._released:
+            return
+        if self.runner.forked or self.runner.loop.is_closed():
+            self._close_without_loop()
+            return
+        self.runner.check_loop()
+        self.begin_closing()
+        if self.runner.ended is not None:
+            await asyncio.shield(self.runner.ended)
+
+    def begin_closing(self) -> None:
+        """Begin what `close` does, in the loop's thread."""
+        if self.runner.closed or self._released:
+            return
+        for file in self._files:
+            file.refuse()
+        self.runner.end(self._shut_down(), self.name).add_done_callback(self._release)
+
+    async def __aenter__(self) -> Volume:
+        self.runner.check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_released", True):
+            return
+        if sys.is_finalizing():
+            self._released = True
+            return
+        if not (self.closed or self.runner.forked):
+            warnings.warn(f"a volume was not closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
+        loop = self.runner.loop
+        if self.runner.forked or loop.is_closed():
+            # Nobody is inside, so its scheduler is at rest and can be used once more.
+            self._close_without_loop()
+        else:
+            loop.call_soon_threadsafe(self.begin_closing)
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise TypeError("an open volume cannot be copied or pickled")
+
+    # For files.
+
+    def abandon(self, handle: VolumeFile) -> None:
+        """Close a handle that nobody has any more, in the loop's thread."""
+        if not self.runner.closed:
+            closing = self.runner.start(handle.close(), self.name)
+            closing.add_done_callback(_nobody_asks)
+
+    # How.
+
+    def _abandon_opened(self, opening: asyncio.Future[VolumeFile]) -> None:
+        if not opening.cancelled() and opening.exception() is None:
+            self.abandon(opening.result())
+
+    async def _shut_down(self) -> None:
+        await self.runner.busy.zero()
+        failed: ODirectError | None = None
+        for file in list(self._files):
+            try:
+                await file.shut()
+            except ODirectError as error:
+                failed = failed or named(error, file.name)
+        try:
+            await self.file_system.close()
+        except ODirectError as error:
+            raise error from failed
+        if failed is not None:
+            raise failed
+
+    def _release(self, ended: asyncio.Future[None]) -> None:
+        _nobody_asks(ended)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        if self._image is not None:
+            self.runner.driver.unwatch(self._image.polled)
+            self._image.close()
+
+    def _close_without_loop(self) -> None:
+        for file in self._files:
+            file.refuse()
+        if self.runner.forked or self.runner.elsewhere:
+            # Its ring is another's; what was not synced is lost.
+            self._released = True
+            if self._image is not None:
+                self._image.forget()
+            return
+        try:
+            self.runner.finish(self._shut_down())
+        except ODirectError as error:
+            raise named(error, self.name) from error.__cause__
+        finally:
+            self._let_go()
+
+    async def _run(self, coroutine: Coroutine[Any, Any, T], shown: object) -> T:
+        """What `coroutine` returns; its errors name `shown`. It goes on when the caller is cancelled."""
+        return await self.runner.start(coroutine, shown)
+
+    async def _run_both(self, coroutine: Coroutine[Any, Any, None], source: AnyPath, path: AnyPath) -> None:
+        try:
+            await self._run(coroutine, os.fspath(source))
+        except ODirectError as error:
+            error.filename2 = os.fspath(path)
+            raise
+
+    async def _make(self, path: AnyPath, mode: int, *, device_number: int = 0, target: bytes = b"") -> None:
+        encoded, shown = _path(path)
+        make = tree.make(self.file_system, encoded, mode, owner=self.owner, device_number=device_number, target=target)
+        await self._run(make, shown)
+
+    async def _change_xattr(self, path: AnyPath, name: str | bytes, value: bytes | None, follow: bool) -> None:
+        encoded, shown = _path(path)
+
+        async def change() -> None:
+            found = await resolve(self.file_system, encoded, follow=follow)
+            await self.file_system.set_xattr(found.inode, os.fsencode(name), value)
+
+        await self._run(change(), shown)
+
+    async def _kind(self, path: AnyPath, follow: bool) -> FileKind | None:
+        """What is at `path`, None if nothing is: also for links in a ring, and for what cannot be a path."""
+        try:
+            encoded, shown = _path(path)
+        except ValueError:
+            return None
+        try:
+            return (await self._run(resolve(self.file_system, encoded, follow=follow), shown)).kind
+        except (MissingError, NotDirectoryError):
+            return None
+        except PathError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                return None
+            raise
+
+    async def _sorted(self, directory: AnyStr) -> tuple[list[AnyStr], list[AnyStr], set[AnyStr]]:
+        """The names in a directory: of directories, also by links; of all else; and those of them that are links."""
+        encoded = path_bytes(directory)
+
+        async def sort() -> tuple[list[bytes], list[bytes], set[bytes]]:
+            directories: list[bytes] = []
+            others: list[bytes] = []
+            links: set[bytes] = set()
+            for entry in await tree.list_directory(self.file_system, encoded):
+                try:
+                    kind = await tree.kind_of_entry(self.file_system, entry)
+                    is_directory = kind is FileKind.DIRECTORY
+                    if kind is FileKind.SYMLINK:
+                        links.add(entry.name)
+                        is_directory = await tree.is_directory(self.file_system, os.path.join(encoded, entry.name))
+                except PathError:  # A link that leads in a ring, or what has gone meanwhile.
+                    is_directory = False
+                (directories if is_directory else others).append(entry.name)
+            return directories, others, links
+
+        found = await self._run(sort(), directory)
+        if isinstance(directory, bytes):
+            return found
+        directories, others, links = (map(os.fsdecode, names) for names in found)
+        return list(directories), list(others), set(links)
+
+
+def _path(path: AnyPath) -> tuple[bytes, str | bytes]:
+    """A path as the file system has it, and as messages show it: as it was given."""
+    return path_bytes(path), os.fspath(path)
+
+
+def _nobody_asks(ended: asyncio.Future[Any]) -> None:
+    """Take note of an error, so that asyncio does not say that it was never looked at."""
+    if not ended.cancelled():
+        ended.exception()
+
+
+#: Closed when the program ends, if nobody has done so.
+_open: weakref.WeakSet[Volume] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for volume in list(_open):
+        with contextlib.suppress(Exception):
+            if not (volume._released or volume.runner.loop.is_running()):
+                volume._close_without_loop()

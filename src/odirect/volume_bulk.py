@@ -1,0 +1,111 @@
+"""Many small files of a volume at once: read ahead of whoever wants them, and made in batches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from odirect.base.errors import ODirectError
+from odirect.block.buffers import empty
+from odirect.fs import tree
+from odirect.fs.base import Attributes, FileKind, FileSystem
+from odirect.fs.paths import resolve
+from odirect.sched.scheduler import Task
+from odirect.volume_names import AnyPath, VolumeNames
+from odirect.volume_runner import named
+
+T = TypeVar("T")
+
+#: What is read, or made, together: so many files, or so many bytes.
+WINDOW_FILES = 1024
+WINDOW_BYTES = 16 << 20
+
+
+def read_files(volume: VolumeNames, top: AnyPath) -> Iterator[tuple[str | bytes, bytes]]:
+    """(path, content) of every regular file below `top`; see `Volume.read_files`."""
+    encoded, shown = volume._path(top)
+    file_system = volume.file_system
+
+    async def find() -> list[tuple[bytes, Attributes]]:
+        found = await resolve(file_system, encoded)
+        if found.kind is not FileKind.DIRECTORY:
+            return [(b"", found)]
+        entries = await file_system.tree(found.inode)
+        return [
+            (entry.path, entry.attributes)
+            for entry in sorted(entries, key=lambda entry: entry.place)
+            if stat.S_ISREG(entry.attributes.mode)
+        ]
+
+    files = volume.run(find(), shown)
+    # A file with several names is read once for each, so that nothing need be kept.
+    return _with_paths(read_ahead(volume, files, lambda file: file[1], shown), shown)
+
+
+def _with_paths(
+    contents: Iterator[tuple[tuple[bytes, Attributes], bytes]], shown: str | bytes
+) -> Iterator[tuple[str | bytes, bytes]]:
+    for (below, _), content in contents:
+        if not below:
+            yield shown, content
+        elif isinstance(shown, bytes):
+            yield os.path.join(shown, below), content
+        else:
+            yield os.path.join(shown, os.fsdecode(below)), content
+
+
+def read_ahead(
+    volume: VolumeNames, files: Sequence[T], attributes: Callable[[T], Attributes], shown: object
+) -> Iterator[tuple[T, bytes]]:
+    """(file, content) of each of `files`, in this order; while some are handed out, the next are being read.
+
+    shown: what errors name. A file that is larger than a window is read alone.
+    """
+    runner = volume.runner
+    ahead: Task[list[bytes]] | None = None
+    windows = _windows(files, lambda file: attributes(file).size)
+    window = next(windows, None)
+    if window is not None:
+        ahead = runner.start(_read(volume.file_system, [attributes(file) for file in window]))
+    while window is not None and ahead is not None:
+        task = ahead
+        try:
+            runner.wait_until(lambda task=task: task.done)  # type: ignore[misc]
+            contents = task.result()
+        except ODirectError as error:
+            named(error, shown)
+            raise
+        done, window, ahead = window, next(windows, None), None
+        if window is not None:
+            ahead = runner.start(_read(volume.file_system, [attributes(file) for file in window]))
+        # Whoever stops here leaves a task behind; it owns its memory, and the next call takes it on.
+        yield from zip(done, contents, strict=True)
+
+
+def _windows(files: Sequence[T], size: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """The files in portions that are read together."""
+    start = total = 0
+    for number, file in enumerate(files):
+        more = size(file)
+        if number > start and (number - start == WINDOW_FILES or total + more > WINDOW_BYTES):
+            yield files[start:number]
+            start, total = number, 0
+        total += more
+    if start < len(files):
+        yield files[start:]
+
+
+async def _read(file_system: FileSystem, files: Sequence[Attributes]) -> list[bytes]:
+    if len(files) > 1 or files[0].size <= WINDOW_BYTES:
+        return await file_system.read_whole([file.inode for file in files])
+    handle = await file_system.open_file(files[0].inode, writable=False)
+    try:
+        memory = empty(handle.size_bytes)
+        return [bytes(memory[: await tree.read_whole(handle, memory)])]
+    finally:
+        # What failed is told of what was read, not of the end of reading.
+        with contextlib.suppress(ODirectError):
+            await handle.close()
