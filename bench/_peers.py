@@ -48,14 +48,14 @@ def fio_version() -> str | None:
     return subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
 
 
-def fio(path: Path, rw: str, block_bytes: int, depth: int, size: int, seconds: float) -> Rate:
+def fio(path: Path, rw: str, block_bytes: int, depth: int, size: int, seconds: float, *, start: int = 0) -> Rate:
     """fio with io_uring, direct, at its leanest: no clock read for each request, no map of what was read."""
     if shutil.which("fio") is None:
         raise Missing("fio is not installed")
     done = subprocess.run(
         [
-            "fio", "--name=bench", f"--filename={path}", f"--size={size}", f"--rw={rw}", f"--bs={block_bytes}",
-            f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1", "--time_based",
+            "fio", "--name=bench", f"--filename={path}", f"--offset={start}", f"--size={size}", f"--rw={rw}",
+            f"--bs={block_bytes}", f"--iodepth={depth}", "--ioengine=io_uring", "--direct=1", "--time_based",
             f"--runtime={seconds * 1000:.0f}ms",
             "--norandommap", "--randrepeat=0", "--gtod_reduce=1", "--overwrite=1", "--output-format=json",
             *(["--readonly"] if "read" in rw else []),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Generic, TypeVar
 
 import _peers
 import numpy
@@ -60,17 +61,17 @@ class Line:
         return median(theirs / ours for ours, theirs in pairs)
 
 
-Round = Callable[[Setting, int], None]
+S = TypeVar("S")
 
 
 @dataclass(slots=True)
-class Group:
+class Group(Generic[S]):
     """Works that are measured together. `run` makes one round; it raises `_peers.Missing` if a peer is not there."""
 
     name: str
     lines: list[Line]
-    run: Round
-    prepare: Callable[[Setting], None] | None = None
+    run: Callable[[S, int], None]
+    prepare: Callable[[S], None] | None = None
     notes: set[str] = field(default_factory=set)
 
 
@@ -84,7 +85,7 @@ def _rate(measured: Measured) -> _peers.Rate:
 
 def _with_fio(
     name: str, engine: str, rw: str, block_bytes: int, depth: int, lines: list[Line], *, huge: bool = False
-) -> Group:
+) -> Group[Setting]:
     """odirect by `engine` and fio, in turns; who begins changes from round to round."""
 
     def run(setting: Setting, number: int) -> None:
@@ -125,7 +126,7 @@ def _with_fio(
     return group
 
 
-def _at_random(name: str, engine: str, depth: int, least: float, most_cpu_us: float | None) -> Group:
+def _at_random(name: str, engine: str, depth: int, least: float, most_cpu_us: float | None) -> Group[Setting]:
     """4 KiB at random; `most_cpu_us` is a bound of its own, None: no more CPU than fio."""
     words = {"batch": "read_batch", "submit": "submit", "asyncio": "odirect.aio"}[engine]
     work = f"4 KiB random read, {words}, depth {depth}"
@@ -139,7 +140,7 @@ def _at_random(name: str, engine: str, depth: int, least: float, most_cpu_us: fl
     return _with_fio(name, engine, "randread", 4 * KIB, depth, lines)
 
 
-def _in_sequence(name: str, engine: str, rw: str, *, huge: bool = False) -> Group:
+def _in_sequence(name: str, engine: str, rw: str, *, huge: bool = False) -> Group[Setting]:
     """1 MiB after 1 MiB; `huge` gives odirect's memory huge pages, which fio's has not."""
     words = {"batch": f"{rw}_batch", "submit": "submit"}[engine]
     work = f"1 MiB sequential {rw}, {words}, depth 8{', huge pages' if huge else ''}"
@@ -150,7 +151,7 @@ def _in_sequence(name: str, engine: str, rw: str, *, huge: bool = False) -> Grou
     return _with_fio(name, engine, rw, MIB, 8, lines, huge=huge)
 
 
-def _one_at_a_time() -> Group:
+def _one_at_a_time() -> Group[Setting]:
     work = "4 KiB random read, one preadinto at a time"
     lines = [
         Line(work, "os.preadv", "IOPS", "≥ 0.95 ×", lambda value: value >= 0.95),
@@ -168,7 +169,7 @@ def _one_at_a_time() -> Group:
 _COMMAND = "import sys; from odirect.cli.main import main; sys.exit(main())"
 
 
-def _copy() -> Group:
+def _copy() -> Group[Setting]:
     work = "copy of a file, durable at the end"
     lines = [
         Line(work, "cp; sync", "seconds", "> 1 ×", lambda value: value > 1, higher_is_better=False),
@@ -204,7 +205,7 @@ def _copy() -> Group:
     return Group("copy", lines, run, prepare=lambda setting: setting.make_copy_source())
 
 
-def _import() -> Group:
+def _import() -> Group[Setting]:
     lines = [
         Line(
             "import odirect", "bare Python", "ms", "≤ 60 ms more", lambda value: value <= 60, "less",
@@ -224,7 +225,7 @@ def _import() -> Group:
     return Group("import", lines, run)
 
 
-def all_groups() -> list[Group]:
+def all_groups() -> list[Group[Setting]]:
     """Everything that there is to measure, by name."""
     return [
         _at_random("batch32", "batch", 32, 1.0, None),

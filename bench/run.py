@@ -22,7 +22,7 @@ from typing import Any
 
 import _peers
 import numpy
-from _works import Group, Line, Setting, all_groups
+from _works import Group, Line, S, Setting, all_groups
 from rich.console import Console
 from rich.table import Table
 
@@ -87,19 +87,18 @@ def machine(directory: Path) -> dict[str, Any]:
     }
 
 
-def measure_all(groups: list[Group], setting: Setting, rounds: int) -> dict[str, str]:
+def measure_all(groups: list[Group[S]], setting: S, rounds: int) -> dict[str, str]:
     """Run every round of every group; why some were left out."""
     missing: dict[str, str] = {}
     for group in groups:
-        if group.prepare is not None:
-            group.prepare(setting)
-        for number in range(rounds):
-            console.print(f"{group.name}: round {number + 1} of {rounds}", style="dim")
-            try:
+        try:
+            if group.prepare is not None:
+                group.prepare(setting)
+            for number in range(rounds):
+                console.print(f"{group.name}: round {number + 1} of {rounds}", style="dim")
                 group.run(setting, number)
-            except _peers.Missing as reason:
-                missing[group.name] = str(reason)
-                break
+        except _peers.Missing as reason:
+            missing[group.name] = str(reason)
     return missing
 
 
@@ -110,7 +109,7 @@ def shown(line: Line, value: float) -> str:
     return f"{value:,.1f}"
 
 
-def table(groups: list[Group]) -> Table:
+def table(groups: list[Group[S]]) -> Table:
     """Everything that was measured."""
     made = Table(title="odirect against its peers: medians over the rounds", title_justify="left")
     for heading in ("work", "figure", "peer"):
@@ -137,7 +136,9 @@ def table(groups: list[Group]) -> Table:
     return made
 
 
-def as_json(groups: list[Group], about: dict[str, Any], missing: dict[str, str], asked: argparse.Namespace) -> str:
+def as_json(
+    groups: list[Group[S]], about: dict[str, Any], missing: dict[str, str], rounds: int, asked: dict[str, Any]
+) -> str:
     """The same for a program."""
     works = [
         {
@@ -158,14 +159,25 @@ def as_json(groups: list[Group], about: dict[str, Any], missing: dict[str, str],
     ]
     told = {
         "machine": about,
-        "rounds": asked.rounds,
-        "seconds": asked.seconds,
-        "size": asked.size,
-        "copy_size": asked.copy_size,
+        "rounds": rounds,
+        **asked,
         "works": works,
         "left_out": missing,
     }
     return json.dumps(told, indent=2)
+
+
+def print_all(groups: list[Group[S]], about: dict[str, Any], missing: dict[str, str], directory: Path) -> None:
+    """The table, with what is to be known beside it."""
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    out.print(", ".join(f"{name} {value}" for name, value in about.items()), markup=False, soft_wrap=True)
+    out.print(table(groups))
+    if not about["direct"]:
+        out.print(f"{directory} does not take direct I/O: these figures are of the page cache")
+    for name, reason in missing.items():
+        out.print(f"{name} was left out: {reason}", markup=False)
+    for note in sorted(note for group in groups for note in group.notes):
+        out.print(note, markup=False)
 
 
 def stopped(number: int, _frame: object) -> None:
@@ -199,17 +211,10 @@ def main(words: Sequence[str] = sys.argv[1:]) -> int:
         except KeyboardInterrupt:
             interrupted = True
         if asked.json:
-            print(as_json(groups, about, missing, asked))
+            sizes = {"seconds": asked.seconds, "size": asked.size, "copy_size": asked.copy_size}
+            print(as_json(groups, about, missing, asked.rounds, sizes))
         else:
-            out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-            out.print(", ".join(f"{name} {value}" for name, value in about.items()), markup=False, soft_wrap=True)
-            out.print(table(groups))
-            if not about["direct"]:
-                out.print(f"{asked.dir} does not take direct I/O: these figures are of the page cache")
-            for name, reason in missing.items():
-                out.print(f"{name} was left out: {reason}", markup=False)
-            for note in sorted(note for group in groups for note in group.notes):
-                out.print(note, markup=False)
+            print_all(groups, about, missing, asked.dir)
         return 130 if interrupted else 0
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1248,36 +1248,41 @@ def test_interrupts_leave_nothing_locked(image: Path) -> None:
 
 def _interrupted_program(image: Path) -> None:
     stop = threading.Event()
-    raised = 0
+    armed = False
+    raised = number = 0
+    written: set[int] = set()
+
+    def handler(*_: object) -> None:
+        if armed:
+            raise KeyboardInterrupt
 
     def press() -> None:
         dice = random.Random(9)
         while not stop.wait(dice.random() ** 3 * 0.04):
             os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, handler)
     with odirect.open_volume(image, "r+") as volume:
         file = volume.open("/shared", "w+")
         thread = threading.Thread(target=press)
         thread.start()
-        number = 0
-        written: set[int] = set()
-        while not stop.is_set():
+        while raised < 25 or not written:
+            number += 1
             try:
-                number += 1
+                armed = True
                 volume.write_bytes(f"/{number % 30}", b"x" * 20_000)
                 if file.pwrite(b"y" * 10_000, number % 7 * 4096) == 10_000:
                     written.add(number % 7 * 4096)
                 volume.rename(f"/{number % 30}", f"/{(number + 1) % 30}")
                 if not number % 10:
                     file.sync()
+                armed = False
             except KeyboardInterrupt:
+                armed = False
                 raised += 1
-                if raised > 60 and written:
-                    stop.set()
             except MissingError:
-                pass
-        with contextlib.suppress(KeyboardInterrupt):
-            thread.join()
+                armed = False
+        stop.set()
         thread.join()
         for offset in written:
             assert file.pread(10_000, offset) == b"y" * 10_000

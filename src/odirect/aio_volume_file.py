@@ -249,7 +249,7 @@ class FileInVolume:
         return future
 
     def _done(self, request: Request) -> None:
-        future = cast("asyncio.Future[int]", request.tag)
+        future: asyncio.Future[int] = request.tag  # type: ignore[assignment]
         outcome = request.outcome
         if outcome is not None:
             if self._seen is not None:

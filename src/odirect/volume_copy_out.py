@@ -22,6 +22,7 @@ from odirect.fs.base import Attributes, FileKind, VolumeFile
 from odirect.fs.paths import checked_name, path_bytes, resolve
 from odirect.sched.interrupts import Interrupts
 from odirect.sched.scheduler import Task
+from odirect.volume_bulk import read_ahead
 from odirect.volume_copy import (
     DIRECT_BYTES,
     Buffers,
@@ -44,6 +45,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # How much of a file is looked through at once for data.
 _WINDOW_BYTES = 1 << 30
 _HOLES = (ExtentKind.HOLE, ExtentKind.UNWRITTEN)
+_SECTOR_BYTES = 512
 _NO_PRIVILEGE = (errno.EPERM, errno.EACCES)
 
 
@@ -79,34 +81,42 @@ def copy_out(
         top = volume.run(resolve(volume.file_system, encoded), shown)
         if top.kind is FileKind.DIRECTORY and not recursive:
             raise DirectoryError("it is a directory, and recursive was not asked for", path=shown)
-        items = volume.run(_plan(volume, top), shown)
+        items, with_xattrs = volume.run(_plan(volume, top, attributes), shown)
         interrupts.check()
-        copier = _CopyOut(volume, encoded, items, attributes, progress, interrupts)
+        copier = _CopyOut(volume, encoded, items, with_xattrs, attributes, progress, interrupts)
         final = copier.copy(host)
         return copier.counts.report(os.fsdecode(final))
 
 
-async def _plan(volume: VolumeNames, top: Attributes) -> list[_Item]:
-    """All that is to be copied, each directory followed at once by what is in it."""
+async def _plan(volume: VolumeNames, top: Attributes, keep: bool) -> tuple[list[_Item], set[int]]:
+    """All that is to be copied, each directory followed at once by what is in it; and who may have attributes."""
     file_system = volume.file_system
-    items: list[_Item] = []
-    stack = [_Item(b"", b"", 0, top)]
-    above: list[int] = []
-    while stack:
-        item = stack.pop()
-        items.append(item)
-        if item.attributes.kind is not FileKind.DIRECTORY:
-            continue
-        del above[item.depth :]
-        if item.attributes.inode in above:
-            raise UnsupportedError("a directory of the volume is in itself; check the volume", path=file_system.name)
-        above.append(item.attributes.inode)
-        entries = sorted(await file_system.entries(item.attributes.inode), reverse=True)
-        for name, inode, _ in entries:
-            checked_name(file_system, name)
-            found = await file_system.attributes(inode)
-            stack.append(_Item(name, os.path.join(item.below, name), item.depth + 1, found))
-    return items
+    items = [_Item(b"", b"", 0, top)]
+    if top.kind is FileKind.DIRECTORY:
+        met = {top.inode}
+        found = await file_system.tree(top.inode)
+        # No name has a zero in it, so that this is the order of directories, then of names.
+        for below, attributes, _ in sorted(found, key=lambda entry: entry.path.replace(b"/", b"\0")):
+            if stat.S_ISDIR(attributes.mode):
+                if attributes.inode in met:
+                    message = "a directory of the volume is in itself, or has two names; check the volume"
+                    raise UnsupportedError(message, path=file_system.name)
+                met.add(attributes.inode)
+            name = checked_name(file_system, below.rpartition(b"/")[2])
+            items.append(_Item(name, below, below.count(b"/") + 1, attributes))
+    numbers = [item.attributes.inode for item in items] if keep else []
+    return items, await file_system.with_xattrs(numbers)
+
+
+def _is_small(item: _Item, most: int) -> bool:
+    """Whether it is a file without holes, and with one name, that is best read with many others."""
+    attributes = item.attributes
+    return (
+        stat.S_ISREG(attributes.mode)
+        and attributes.links == 1
+        and attributes.size <= most
+        and attributes.size <= attributes.blocks512 * _SECTOR_BYTES
+    )
 
 
 class _CopyOut:
@@ -117,10 +127,12 @@ class _CopyOut:
         volume: VolumeNames,
         source: bytes,
         items: list[_Item],
+        with_xattrs: set[int],
         attributes: bool,
         progress: Progress | None,
         interrupts: Interrupts,
     ) -> None:
+        """with_xattrs: the inodes that may have extended attributes which are to be kept."""
         sizes = {
             item.attributes.inode: item.attributes.size for item in items if item.attributes.kind is FileKind.REGULAR
         }
@@ -135,6 +147,13 @@ class _CopyOut:
         #: Directories that are being filled, the innermost last.
         self._places: list[_Place] = []
         self._final = b""
+        self._with_xattrs = with_xattrs
+        most = self._file_system.small_file_bytes
+        self._small = {
+            number
+            for number, item in enumerate(items)
+            if item.depth and item.attributes.inode not in with_xattrs and _is_small(item, most)
+        }
         #: Where an inode with several names is already: its path below the top, and who it is on the host.
         self._seen: dict[int, tuple[bytes, os.stat_result]] = {}
 
@@ -143,11 +162,17 @@ class _CopyOut:
         top = self._items[0]
         outer, name, self._final = _find_target(self._source, host, top)
         self._places = [_Place(outer, None)]
+        small = [item for number, item in enumerate(self._items) if number in self._small]
+        source = os.fsdecode(self._source)
+        contents = read_ahead(self._volume, small, lambda item: item.attributes, source)
         try:
-            for item in self._items:
+            for number, item in enumerate(self._items):
                 while len(self._places) > item.depth + 1:
                     self._leave()
-                self._copy_one(item, name if not item.depth else item.name)
+                if number in self._small:
+                    self._copy_small(item, next(contents)[1])
+                else:
+                    self._copy_one(item, name if not item.depth else item.name)
                 self.counts.add()
             while len(self._places) > 1:
                 self._leave()
@@ -286,6 +311,20 @@ class _CopyOut:
         finally:
             os.close(fd)
 
+    def _copy_small(self, item: _Item, content: bytes) -> None:
+        """Make a file whose content is here already, and that has no extended attributes."""
+        parent = self._places[-1].fd
+        with self._new_name(item, parent, item.name) as temporary, self._on_host(item, "writing"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o600, dir_fd=parent)
+            try:
+                _write_full(fd, memoryview(content), 0)
+                self._give_attributes(item, fd, {})
+            finally:
+                os.close(fd)
+        self.counts.files += 1
+        self.counts.add(copied=len(content))
+
     def _fill(self, item: _Item, handle: VolumeFile, fd: int) -> None:
         """Copy the bytes: each chunk is written while the next one is read."""
         size = handle.size_bytes
@@ -328,7 +367,7 @@ class _CopyOut:
     # Attributes.
 
     def _read_xattrs(self, item: _Item) -> dict[bytes, bytes]:
-        if not self._keep:
+        if item.attributes.inode not in self._with_xattrs:
             return {}
         return self._run(item, self._file_system.xattrs(item.attributes.inode))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import io
 import operator
@@ -26,6 +27,7 @@ from odirect.dio.write_order import Crowd
 from odirect.fs.base import Access, Done, VolumeFile
 from odirect.fs.file import NodeFile
 from odirect.fs.paths import failure
+from odirect.fs.requests import NodeRequests
 from odirect.sched.locks import Mutex
 from odirect.sched.traps import gather, this_scheduler
 from odirect.volume_runner import Runner, named
@@ -425,7 +427,7 @@ class FileInVolume(io.RawIOBase):
         try:
             return self._inside.run(unless_closed)
         finally:
-            if not coroutine.cr_suspended:
+            if not getattr(coroutine, "cr_suspended", False):
                 coroutine.close()
 
     def _run_anyhow(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -597,9 +599,21 @@ class _Submission:
         self._growing = Mutex()
         self._pending = 0
         self._finished: collections.deque[Request] = collections.deque()
+        self._requests: NodeRequests | None = None
+        handle = file._handle
+        if isinstance(handle, NodeFile):
+            # Threads share the volume's scheduler: what is begun is begun inside, and told where bios are.
+            inside = contextlib.nullcontext()
+            flags = file._flags[WRITE]
+            self._requests = NodeRequests(handle, file._runner.scheduler, file.access, flags, self._ended, guard=inside)
 
     def submit(self, op: int, offset: int, buffer: object, view: memoryview, tag: object) -> Request:
         """See `FileInVolume.submit`."""
+        simple = self._requests
+        if simple is not None and simple.may_begin(op):
+            begun = self._file._runner.call(lambda: self._begin(simple, op, offset, buffer, tag))
+            if begun is not None:
+                return begun
         # What a ring would tell it, its task does.
         request = Request(cast("Requests", None), op, offset, len(view), buffer, tag)
         self._pending += 1
@@ -609,6 +623,24 @@ class _Submission:
             self._pending -= 1
             raise
         return request
+
+    def _begin(self, simple: NodeRequests, op: int, offset: int, buffer: object, tag: object) -> Request | None:
+        """A request that is one bio, if this is one."""
+        request = simple.begin(op, offset, buffer, tag)
+        if request is not None:
+            self._pending += 1
+        return request
+
+    def _ended(self, request: Request) -> None:
+        """A request that `_begin` began is done. Runs in the dispatch, or in a task."""
+        file = self._file
+        if request.outcome is not None:
+            request.outcome = file._seen(request.op, request.outcome)
+            file._tallies.add(request.outcome, request.transferred)
+        elif isinstance(request.exception, ODirectError):
+            named(request.exception, file.name)
+        self._pending -= 1
+        self._finished.append(request)
 
     def completions(self) -> Iterator[Request]:
         """See `FileInVolume.completions`."""

@@ -89,6 +89,16 @@ class Runner:
                 coroutine.close()
             raise
 
+    def call(self, function: Callable[[], T]) -> T:
+        """What the plain `function` returns, called where tasks run; what it queued is handed over."""
+        self.check_outside()
+
+        def unless_closed() -> T:
+            self.check()
+            return self._driver.call(function)
+
+        return self._inside.run(unless_closed)
+
     def wait_until(self, done: Callable[[], object]) -> None:
         """Take what was started on until `done()` is true. What a signal's handler raises leaves at once."""
         self.check_outside()

@@ -278,6 +278,45 @@ def test_a_tree_goes_into_what_is_there(
     assert (tree / "sub" / "hard").read_bytes() == b"small"
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        [],
+        ["-a"],
+        *(
+            pytest.param(words, marks=pytest.mark.slow)
+            for words in (["--chunk", "1k"], ["--strict"], ["--verify", "--sync"])
+        ),
+    ],
+)
+def test_many_small_files(option: list[str], image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are read and made many at once, and are the same as one by one."""
+    top = scratch / "top"
+    for number in range(60):
+        directory = top / f"{number % 7}"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{number}").write_bytes(some_bytes(number * 401 % 20_000, number))
+    (top / "nearly").write_bytes(some_bytes((128 << 10) - 1))
+    os.setxattr(top / "3" / "3", "user.a", b"b")
+    with open(top / "holes", "wb") as file:
+        file.truncate(100_000)
+    found = told(capsys, "cp", "-r", "--json", *option, top, f"{image}:/")
+    size = sum(path.stat().st_size for path in top.rglob("*") if path.is_file())
+    assert found["files"] == 62 and found["bytes_copied"] + found["bytes_skipped"] == size
+    fsck(image)
+    with image_in(scratch, 32 * MIB) as other:
+        assert odirect("cp", "-rq", *option, f"{image}:/top", f"{other}:/again") == 0
+        assert odirect("cp", "-rq", *option, f"{other}:/again", scratch / "out") == 0
+    before = {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+    assert {
+        path.relative_to(scratch / "out"): path.read_bytes()
+        for path in (scratch / "out").rglob("[0-9hn]*")
+        if path.is_file()
+    } == before
+    assert ("user.a" in os.listxattr(scratch / "out" / "3" / "3")) is (option == ["-a"])
+    assert (scratch / "out" / "holes").stat().st_blocks == 0
+
+
 def test_no_link_is_gone_through(image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A volume cannot lead us out of where we were told to write: not by a link that was copied before."""
     (scratch / "x").write_bytes(b"x")

@@ -63,7 +63,7 @@ class Small(NamedTuple):
     """A small file that is to be made in a directory where nothing has its name."""
 
     path: bytes
-    content: bytes
+    content: bytes | bytearray
     changes: Changes
 
 
@@ -78,7 +78,7 @@ class Tree(Protocol):
     def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]: ...
     def read_link(self, path: bytes) -> bytes: ...
     def real_path(self, path: bytes) -> bytes: ...
-    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]: ...
+    def xattrs(self, path: bytes, inode: int) -> dict[bytes, bytes]: ...
     def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
     def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
     def make_directory(self, path: bytes) -> None: ...
@@ -104,6 +104,8 @@ class VolumeTree:
     def __init__(self, volume: Volume, image: str) -> None:
         self._volume = volume
         self.image = image
+        #: Inodes that have no extended attributes, as far as is known.
+        self._without: set[int] = set()
         self._fetched: dict[bytes, bytes] = {}
         self._directories: dict[bytes, int] = {}
 
@@ -141,6 +143,9 @@ class VolumeTree:
         top = self.status(path, follow=True)
         with naming(self._place(path)):
             found = volume.run(volume.file_system.tree(0 if top is None else top.st_ino), path)
+            inodes = [entry.attributes.inode for entry in found]
+            self._without.update(inodes)
+            self._without -= volume.run(volume.file_system.with_xattrs(inodes), path)
         device = 0 if top is None else top.st_dev
         directories = [entry for entry in found if stat.S_ISDIR(entry.attributes.mode)]
         # The others in the order of the device, which spares a disk the way.
@@ -166,11 +171,12 @@ class VolumeTree:
                 path = os.path.join(os.path.dirname(path.rstrip(b"/")), self._volume.readlink(path))
         raise from_errno(errno.ELOOP, "following the link", self.shown(path))
 
-    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]:
-        """The extended attributes of what is at `path`."""
+    def xattrs(self, path: bytes, inode: int) -> dict[bytes, bytes]:
+        """The extended attributes of what is at `path`, which has this inode."""
+        if inode in self._without:
+            return {}
         with naming(self._place(path)):
-            found = self._volume.xattrs(path, follow_symlinks=follow)
-            return {os.fsencode(name): value for name, value in found.items()}
+            return self._volume.run(self._volume.file_system.xattrs(inode), path)
 
     def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
         """A file to be read."""
@@ -338,13 +344,13 @@ class HostTree:
         """The path without symbolic links."""
         return os.path.realpath(path)
 
-    def xattrs(self, path: bytes, *, follow: bool) -> dict[bytes, bytes]:
+    def xattrs(self, path: bytes, inode: int) -> dict[bytes, bytes]:
         """The extended attributes of what is at `path`, as far as they can be read."""
         found: dict[bytes, bytes] = {}
         try:
-            for name in os.listxattr(path, follow_symlinks=follow):
+            for name in os.listxattr(path, follow_symlinks=False):
                 with contextlib.suppress(OSError):
-                    found[os.fsencode(name)] = os.getxattr(path, name, follow_symlinks=follow)
+                    found[os.fsencode(name)] = os.getxattr(path, name, follow_symlinks=False)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
                 raise _host_error(error, "reading its attributes", path) from error

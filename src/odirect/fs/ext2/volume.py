@@ -501,7 +501,10 @@ class Ext2(FileSystem):
             run = self.map_of(found).lookup(0, 1)
             if not run.block:
                 raise place.corrupt("a symbolic link without a block", "one block")
-            return bytes(self.cache.get(run.block)[: found.size])
+            target = bytes(self.cache.get(run.block)[: found.size])
+            if 0 in target:
+                raise place.corrupt(f"link {target!r}", "no zero byte in it")
+            return target
 
         return await self.cache.load(read)
 
@@ -514,6 +517,9 @@ class Ext2(FileSystem):
 
         def change() -> None:
             found = self._live(inode)
+            if name.startswith(b"user.") and not (found.is_file or found.is_dir):
+                # The kernel's rule: permissions of others say nothing about who may write to them.
+                raise PathError("only files and directories have attributes of users", errno=errno.EPERM, path=name)
             attributes = self._xattrs(found)
             if value is None:
                 if name not in attributes:
