@@ -62,7 +62,7 @@ def seconds_of(*commands: Sequence[str | Path]) -> float:
 def mkfs(image: Path, size: int, source: Path | None = None) -> list[str | Path]:
     """The command of ours that makes a volume of `size` bytes, with the tree at `source` in it."""
     filled: list[str | Path] = [] if source is None else ["--from", source]
-    return [sys.executable, "-c", _COMMAND, "mkfs", "ext2", image, "--size", str(size), *filled]
+    return [sys.executable, "-c", _COMMAND, "mkfs", "ext2", image, "--block-size", "4096", "--size", str(size), *filled]
 
 
 def mke2fs(image: Path, size: int, source: Path) -> list[str | Path]:

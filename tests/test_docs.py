@@ -18,9 +18,11 @@ SOURCES = ROOT / "src" / "odirect"
 ROWS = [
     *(f"B{number:02d}" for number in range(1, 10)),
     *(f"G{number:02d}" for number in range(1, 21)),
-    "F02",
-    *(f"F{number:02d}" for number in range(4, 9)),
-    *(f"F{number}" for number in range(21, 25)),
+    *(f"F{number:02d}" for number in range(1, 9)),
+    *(f"F{number}" for number in range(10, 14)),
+    *(f"F{number}" for number in range(20, 25)),
+    "F30",
+    *(f"F{number}" for number in range(33, 36)),
     *(f"F{number}" for number in range(40, 44)),
     *(f"F{number}" for number in range(50, 54)),
 ]

@@ -23,14 +23,13 @@ import stat
 import sys
 import uuid
 import warnings
-import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, AnyStr, Generic, TypeVar, overload
 
 from odirect.aio_opening import Opening
 from odirect.aio_runner import LoopRunner
-from odirect.aio_volume_file import FileInVolume
+from odirect.aio_volume_file import FileInVolume, OpenFile
 from odirect.base.errors import (
     MissingError,
     NotDirectError,
@@ -102,7 +101,7 @@ def open_volume(
 
 def _close_opened(opening: asyncio.Future[Volume]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().begin_closing()
+        opening.result()._open.begin_closing()
 
 
 class _Mounting:
@@ -224,6 +223,87 @@ class Entry(Generic[AnyStr]):
         return found.kind is wanted
 
 
+class _OpenVolume:
+    """The part of a volume that what is in flight refers to; it is kept until it is closed, unlike its `Volume`."""
+
+    def __init__(self, file_system: FileSystem, runner: LoopRunner, image: Image | None) -> None:
+        self.file_system = file_system
+        self.runner = runner
+        self.image = image
+        self.files: set[OpenFile] = set()
+        #: Whether nothing is left of it.
+        self.released = False
+        _open.add(self)
+
+    def begin_closing(self) -> None:
+        """Begin what `Volume.close` does, in the loop's thread."""
+        if self.runner.closed or self.released:
+            return
+        for file in self.files:
+            file.closed = True
+        self.runner.end(self._shut_down(), self.file_system.name).add_done_callback(self._ended)
+
+    def close_without_loop(self) -> None:
+        """Do it at once, where the loop is closed. In a child, or another thread, let go of the descriptors instead."""
+        for file in self.files:
+            file.closed = True
+        if self.runner.forked or self.runner.elsewhere:
+            # Its ring is another's; what was not synced is lost.
+            if self.image is not None:
+                self.image.forget()
+            self.released = True
+            _open.discard(self)
+            return
+        try:
+            self.runner.finish(self._shut_down())
+        except ODirectError as error:
+            raise named(error, self.file_system.name) from error.__cause__
+        finally:
+            self._release()
+
+    def abandon(self, file: OpenFile) -> None:
+        """See `aio_volume_file.Home`."""
+        if not (self.runner.closed or file.closed):
+            self.runner.start(file.shut(), file.name).add_done_callback(_nobody_asks)
+
+    def closed_file(self, file: OpenFile) -> None:
+        """See `aio_volume_file.Home`."""
+        self.files.discard(file)
+
+    def abandon_opened(self, opening: asyncio.Future[VolumeFile]) -> None:
+        """Close what was opened for a caller who was cancelled."""
+        if not (opening.cancelled() or opening.exception() is not None or self.runner.closed):
+            self.runner.start(opening.result().close(), self.file_system.name).add_done_callback(_nobody_asks)
+
+    async def _shut_down(self) -> None:
+        await self.runner.busy.zero()
+        failed: ODirectError | None = None
+        for file in list(self.files):
+            try:
+                await file.shut()
+            except ODirectError as error:
+                failed = failed or named(error, file.name)
+        try:
+            await self.file_system.close()
+        except ODirectError as error:
+            raise error from failed
+        if failed is not None:
+            raise failed
+
+    def _ended(self, ended: asyncio.Future[None]) -> None:
+        _nobody_asks(ended)
+        self._release()
+
+    def _release(self) -> None:
+        if self.released:
+            return
+        self.released = True
+        _open.discard(self)
+        if self.image is not None:
+            self.runner.driver.unwatch(self.image.polled)
+            self.image.close()
+
+
 class Volume:
     """An open volume of one event loop: its files and directories by paths from its root. Made by `open_volume`.
 
@@ -242,11 +322,9 @@ class Volume:
         self.owner = owner
         self._image = image
         self._reasons = {} if image is None else image.reasons
-        self._released = False
-        self._files: weakref.WeakSet[FileInVolume] = weakref.WeakSet()
+        self._open = _OpenVolume(file_system, runner, image)
         # Equal for the same volume, so that `os.path.samestat` works within it, and unequal for others.
         self._device = int.from_bytes(file_system.uuid[:4], "little")
-        _open.add(self)
 
     # What it is.
 
@@ -298,7 +376,7 @@ class Volume:
     @property
     def closed(self) -> bool:
         """Whether it has been closed, or is being closed."""
-        return self.runner.closed or self._released
+        return self.runner.closed or self._open.released
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
@@ -361,22 +439,23 @@ class Volume:
             )
             handle = self.runner.start(begin, shown)
             try:
-                file = FileInVolume(self, await asyncio.shield(handle), shown, opening, access, flags, seen)
+                file = OpenFile(self._open, await asyncio.shield(handle), shown, access, flags, seen)
             except asyncio.CancelledError:
                 # The file is opened all the same, and nobody has it.
-                handle.add_done_callback(self._abandon_opened)
+                handle.add_done_callback(self._open.abandon_opened)
                 raise
-            self._files.add(file)
-            return file
+            self._open.files.add(file)
+            return FileInVolume(file, opening, self)
 
         return Opening(make)
 
     async def read_bytes(self, path: AnyPath) -> bytes:
         """All bytes of the file at `path`."""
         encoded, shown = _path(path)
+        file_system = self.file_system
 
         async def read() -> bytes:
-            file = await tree.open_file(self.file_system, encoded, writable=False)
+            file = await tree.open_file(file_system, encoded, writable=False)
             try:
                 buffer = empty(file.size_bytes)
                 return bytes(buffer[: await tree.read_whole(file, buffer)])
@@ -389,16 +468,17 @@ class Volume:
         """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
         encoded, shown = _path(path)
         view = as_bytes_view(data, writable=False)
+        file_system, owner = self.file_system, self.owner
 
         async def write() -> int:
             file = await tree.open_file(
-                self.file_system,
+                file_system,
                 encoded,
                 writable=True,
                 create=True,
                 truncate=True,
                 permissions=permissions,
-                owner=self.owner,
+                owner=owner,
             )
             try:
                 await tree.write_whole(file, 0, view)
@@ -513,10 +593,11 @@ class Volume:
     async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
         """The extended attributes of what is at `path`, by their full names ("user.comment")."""
         encoded, shown = _path(path)
+        file_system = self.file_system
 
         async def read() -> dict[bytes, bytes]:
-            found = await resolve(self.file_system, encoded, follow=follow_symlinks)
-            return await self.file_system.xattrs(found.inode)
+            found = await resolve(file_system, encoded, follow=follow_symlinks)
+            return await file_system.xattrs(found.inode)
 
         return {os.fsdecode(name): value for name, value in (await self._run(read(), shown)).items()}
 
@@ -525,18 +606,17 @@ class Volume:
     async def mkdir(self, path: AnyPath, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
         encoded, shown = _path(path)
+        file_system, owner = self.file_system, self.owner
 
         async def make() -> None:
             if parents:
-                await tree.make_directories(
-                    self.file_system, encoded, permissions=mode, owner=self.owner, exist_ok=exist_ok
-                )
+                await tree.make_directories(file_system, encoded, permissions=mode, owner=owner, exist_ok=exist_ok)
                 return
             try:
-                await tree.make(self.file_system, encoded, stat.S_IFDIR | stat.S_IMODE(mode), owner=self.owner)
+                await tree.make(file_system, encoded, stat.S_IFDIR | stat.S_IMODE(mode), owner=owner)
             except PathError as error:
                 there = exist_ok and error.errno == errno.EEXIST
-                if not there or not await tree.is_directory(self.file_system, encoded):
+                if not there or not await tree.is_directory(file_system, encoded):
                     raise
 
         await self._run(make(), shown)
@@ -592,13 +672,14 @@ class Volume:
     async def chmod(self, path: AnyPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
         encoded, shown = _path(path)
+        file_system = self.file_system
 
         async def change() -> None:
             if not follow_symlinks:
-                found = await resolve(self.file_system, encoded, follow=False)
+                found = await resolve(file_system, encoded, follow=False)
                 if found.kind is FileKind.SYMLINK:
                     raise UnsupportedError("a symbolic link has no permissions of its own")
-            await tree.change(self.file_system, encoded, mode=stat.S_IMODE(mode))
+            await tree.change(file_system, encoded, mode=stat.S_IMODE(mode))
 
         await self._run(change(), shown)
 
@@ -650,23 +731,16 @@ class Volume:
         Raises what cannot be written; it is closed all the same. A caller who is cancelled meanwhile does not keep
         it open. Where its loop has been closed, it is done at once, which blocks.
         """
-        if self._released:
+        open_volume = self._open
+        if open_volume.released:
             return
         if self.runner.forked or self.runner.loop.is_closed():
-            self._close_without_loop()
+            open_volume.close_without_loop()
             return
         self.runner.check_loop()
-        self.begin_closing()
+        open_volume.begin_closing()
         if self.runner.ended is not None:
             await asyncio.shield(self.runner.ended)
-
-    def begin_closing(self) -> None:
-        """Begin what `close` does, in the loop's thread."""
-        if self.runner.closed or self._released:
-            return
-        for file in self._files:
-            file.refuse()
-        self.runner.end(self._shut_down(), self.name).add_done_callback(self._release)
 
     async def __aenter__(self) -> Volume:
         self.runner.check()
@@ -678,79 +752,20 @@ class Volume:
         await self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_released", True):
-            return
-        if sys.is_finalizing():
-            self._released = True
+        if not hasattr(self, "_device") or self._open.released or sys.is_finalizing():
             return
         if not (self.closed or self.runner.forked):
             warnings.warn(f"a volume was not closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
         loop = self.runner.loop
         if self.runner.forked or loop.is_closed():
-            # Nobody is inside, so its scheduler is at rest and can be used once more.
-            self._close_without_loop()
+            self._open.close_without_loop()
         else:
-            loop.call_soon_threadsafe(self.begin_closing)
+            loop.call_soon_threadsafe(self._open.begin_closing)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError("an open volume cannot be copied or pickled")
 
-    # For files.
-
-    def abandon(self, handle: VolumeFile) -> None:
-        """Close a handle that nobody has any more, in the loop's thread."""
-        if not self.runner.closed:
-            closing = self.runner.start(handle.close(), self.name)
-            closing.add_done_callback(_nobody_asks)
-
     # How.
-
-    def _abandon_opened(self, opening: asyncio.Future[VolumeFile]) -> None:
-        if not opening.cancelled() and opening.exception() is None:
-            self.abandon(opening.result())
-
-    async def _shut_down(self) -> None:
-        await self.runner.busy.zero()
-        failed: ODirectError | None = None
-        for file in list(self._files):
-            try:
-                await file.shut()
-            except ODirectError as error:
-                failed = failed or named(error, file.name)
-        try:
-            await self.file_system.close()
-        except ODirectError as error:
-            raise error from failed
-        if failed is not None:
-            raise failed
-
-    def _release(self, ended: asyncio.Future[None]) -> None:
-        _nobody_asks(ended)
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._released:
-            return
-        self._released = True
-        if self._image is not None:
-            self.runner.driver.unwatch(self._image.polled)
-            self._image.close()
-
-    def _close_without_loop(self) -> None:
-        for file in self._files:
-            file.refuse()
-        if self.runner.forked or self.runner.elsewhere:
-            # Its ring is another's; what was not synced is lost.
-            self._released = True
-            if self._image is not None:
-                self._image.forget()
-            return
-        try:
-            self.runner.finish(self._shut_down())
-        except ODirectError as error:
-            raise named(error, self.name) from error.__cause__
-        finally:
-            self._let_go()
 
     async def _run(self, coroutine: Coroutine[Any, Any, T], shown: object) -> T:
         """What `coroutine` returns; its errors name `shown`. It goes on when the caller is cancelled."""
@@ -770,10 +785,11 @@ class Volume:
 
     async def _change_xattr(self, path: AnyPath, name: str | bytes, value: bytes | None, follow: bool) -> None:
         encoded, shown = _path(path)
+        file_system = self.file_system
 
         async def change() -> None:
-            found = await resolve(self.file_system, encoded, follow=follow)
-            await self.file_system.set_xattr(found.inode, os.fsencode(name), value)
+            found = await resolve(file_system, encoded, follow=follow)
+            await file_system.set_xattr(found.inode, os.fsencode(name), value)
 
         await self._run(change(), shown)
 
@@ -795,18 +811,19 @@ class Volume:
     async def _sorted(self, directory: AnyStr) -> tuple[list[AnyStr], list[AnyStr], set[AnyStr]]:
         """The names in a directory: of directories, also by links; of all else; and those of them that are links."""
         encoded = path_bytes(directory)
+        file_system = self.file_system
 
         async def sort() -> tuple[list[bytes], list[bytes], set[bytes]]:
             directories: list[bytes] = []
             others: list[bytes] = []
             links: set[bytes] = set()
-            for entry in await tree.list_directory(self.file_system, encoded):
+            for entry in await tree.list_directory(file_system, encoded):
                 try:
-                    kind = await tree.kind_of_entry(self.file_system, entry)
+                    kind = await tree.kind_of_entry(file_system, entry)
                     is_directory = kind is FileKind.DIRECTORY
                     if kind is FileKind.SYMLINK:
                         links.add(entry.name)
-                        is_directory = await tree.is_directory(self.file_system, os.path.join(encoded, entry.name))
+                        is_directory = await tree.is_directory(file_system, os.path.join(encoded, entry.name))
                 except PathError:  # A link that leads in a ring, or what has gone meanwhile.
                     is_directory = False
                 (directories if is_directory else others).append(entry.name)
@@ -830,13 +847,13 @@ def _nobody_asks(ended: asyncio.Future[Any]) -> None:
         ended.exception()
 
 
-#: Closed when the program ends, if nobody has done so.
-_open: weakref.WeakSet[Volume] = weakref.WeakSet()
+#: What is not closed yet; when the program ends, it is.
+_open: set[_OpenVolume] = set()
 
 
 @atexit.register
 def _close_all() -> None:
     for volume in list(_open):
         with contextlib.suppress(Exception):
-            if not (volume._released or volume.runner.loop.is_running()):
-                volume._close_without_loop()
+            if not volume.runner.loop.is_running():
+                volume.close_without_loop()

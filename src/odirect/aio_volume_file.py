@@ -32,13 +32,114 @@ T = TypeVar("T")
 
 
 class Home(Protocol):
-    """What a file needs of its volume, and keeps as long as it is there."""
+    """What an open file needs of its volume."""
 
     runner: LoopRunner
 
-    def abandon(self, handle: Handle) -> None:
-        """Close a handle that nobody has any more, in the loop's thread."""
+    def abandon(self, file: OpenFile) -> None:
+        """Close a file that nobody has any more, in the loop's thread."""
         ...
+
+    def closed_file(self, file: OpenFile) -> None:
+        """It has been closed."""
+        ...
+
+
+class OpenFile:
+    """The part of an open file that what is in flight refers to: it does not keep the caller's object, nor his volume.
+
+    So those can be thrown away, and close what they stand for, while something is in flight, in a loop that has ended.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        handle: Handle,
+        path: str | bytes,
+        access: Access,
+        flags: int,
+        seen: Callable[[int, Outcome], Outcome] | None,
+    ) -> None:
+        """seen: what becomes of an outcome by the image's own file system; None if nothing does."""
+        self.home = home
+        self.runner = home.runner
+        self.handle = handle
+        self.name = path
+        self.access: Access = access
+        self.closed = False
+        self.tallies = Tallies()
+        self.busy = Count()
+        self.requests: NodeRequests | None = None
+        if isinstance(handle, NodeFile):
+            self.requests = NodeRequests(handle, home.runner.scheduler, access, flags, self._done)
+        self._flags = (flags & ~FUA, flags)
+        self._seen = seen
+        self._idle: Event | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        """What `coroutine` will return; `shut` waits for it."""
+        if self.closed:
+            coroutine.close()
+            raise ClosedError("the file is closed", path=self.name)
+        counted = self._counted(coroutine)
+        self.busy.up()
+        try:
+            return self.runner.start(counted, self.name)
+        except BaseException:
+            coroutine.close()
+            self.busy.down()
+            raise
+
+    async def move(self, op: int, offset: int, segments: list[memoryview]) -> int:
+        """One request, counted; how many bytes."""
+        segments = [segment for segment in segments if len(segment)]
+        call = self.handle.read if op == READ else self.handle.write
+        done = await call(offset, segments, access=self.access, flags=self._flags[op])
+        outcome = done.outcome if self._seen is None else self._seen(op, done.outcome)
+        self.tallies.add(outcome, done.transferred)
+        return done.transferred
+
+    async def clear(self, offset: int, length: int, *, grow: bool) -> None:
+        """Make a range read as zeroes; grow: the file too, where the range ends past it."""
+        await self.handle.punch(offset, length)
+        if grow and offset + length > self.handle.size_bytes:
+            await self.handle.truncate(offset + length)
+
+    async def shut(self) -> None:
+        """Wait until nothing is in flight, and let go of the handle. On the scheduler."""
+        self.closed = True
+        await self.busy.zero()
+        if self.requests is not None and self.requests.pending:
+            self._idle = Event()
+            await shielded(self._idle)
+        try:
+            await self.handle.close()
+        finally:
+            self.home.closed_file(self)
+
+    async def _counted(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await coroutine
+        finally:
+            self.busy.down()
+
+    def _done(self, request: Request) -> None:
+        future: asyncio.Future[int] = request.tag  # type: ignore[assignment]
+        outcome = request.outcome
+        if outcome is not None:
+            if self._seen is not None:
+                outcome = self._seen(request.op, outcome)
+            self.tallies.add(outcome, request.transferred)
+            if not future.done():
+                try:
+                    future.set_result(request.transferred)
+                except RuntimeError:
+                    pass  # The loop is closed.
+        else:
+            error = request.exception
+            settle(future, named(error, self.name) if isinstance(error, ODirectError) else error)
+        if self._idle is not None and not cast(NodeRequests, self.requests).pending:
+            self._idle.fire()
 
 
 class FileInVolume:
@@ -47,63 +148,51 @@ class FileInVolume:
     Every error carries the path as it was given there.
     """
 
-    def __init__(
-        self,
-        volume: Home,
-        handle: Handle,
-        path: str | bytes,
-        mode: OpenMode,
-        access: Access,
-        flags: int,
-        seen: Callable[[int, Outcome], Outcome] | None,
-    ) -> None:
-        """seen: what becomes of an outcome by the image's own file system; None if nothing does."""
-        self.access: Access = access
+    def __init__(self, file: OpenFile, mode: OpenMode, volume: object) -> None:
+        """volume: kept as long as this is, because it closes itself when nobody has it any more."""
+        self.access: Access = file.access
         self.mode = mode.shown
-        self.name = path
-        self.closed = False
+        self.name = file.name
         self._volume = volume
-        self._runner = volume.runner
-        self._loop = volume.runner.loop
-        self._kick = volume.runner.driver.kick
-        self._handle = handle
+        self._file = file
+        self._runner = file.runner
+        self._loop = file.runner.loop
+        self._kick = file.runner.driver.kick
+        self._requests = file.requests
         self._opened = mode
-        self._may = [mode.readable, mode.writable]
-        self._flags = (flags & ~FUA, flags)
-        self._seen = seen
-        self._tallies = Tallies()
-        self._busy = Count()
+        self._may = (mode.readable, mode.writable)
         self._ended: asyncio.Future[None] | None = None
-        self._idle: Event | None = None
-        self._requests: NodeRequests | None = None
-        if isinstance(handle, NodeFile):
-            self._requests = NodeRequests(handle, volume.runner.scheduler, access, flags, self._done)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed, or is being closed."""
+        return self._file.closed
 
     @property
     def inode(self) -> int:
         """The number of its inode."""
-        return self._handle.inode
+        return self._file.handle.inode
 
     @property
     def size(self) -> int:
         """The present size in bytes."""
         self._check_open()
-        return self._handle.size_bytes
+        return self._file.handle.size_bytes
 
     @property
     def limits(self) -> Limits:
         """What a direct request must be aligned to, with the sources."""
-        return self._handle.limits
+        return self._file.handle.limits
 
     @property
     def last_outcome(self) -> Outcome | None:
         """How the request that finished last went; None before the first."""
-        return self._tallies.last
+        return self._file.tallies.last
 
     @property
     def totals(self) -> dict[Outcome, Tally]:
         """Operations and bytes for each outcome that there was."""
-        return self._tallies.totals()
+        return self._file.tallies.totals()
 
     def __repr__(self) -> str:
         state = "closed " if self.closed else ""
@@ -151,7 +240,7 @@ class FileInVolume:
         size = operator.index(size)
         if size < 0:
             raise ValueError(f"a file cannot have {size} bytes")
-        await self._run(self._handle.truncate(size))
+        await self._file.run(self._file.handle.truncate(size))
         return size
 
     async def fallocate(
@@ -166,19 +255,19 @@ class FileInVolume:
             raise ValueError("punch and zero exclude each other")
         if not punch and not zero:
             raise UnsupportedError("space cannot be reserved in this file system", path=self.name)
-        await self._run(self._clear(offset, length, grow=zero and not keep_size))
+        await self._file.run(self._file.clear(offset, length, grow=zero and not keep_size))
 
     async def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Where the bytes are on the device, holes included, in order, up to the size rounded up to a block."""
         length = max(0, self.size - offset) if length is None else length
         if offset < 0 or length < 0:
             raise ValueError(f"{length} bytes at {offset} is not a range")
-        return await self._run(self._handle.extents(offset, length))
+        return await self._file.run(self._file.handle.extents(offset, length))
 
     async def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
         self._check_open()
-        await self._run(self._handle.sync(data_only=data_only))
+        await self._file.run(self._file.handle.sync(data_only=data_only))
 
     async def close(self) -> None:
         """Wait for everything in flight, also of callers that were cancelled, and close. Twice is harmless.
@@ -187,12 +276,12 @@ class FileInVolume:
         """
         runner = self._runner
         if self._ended is None and (runner.closed or runner.forked or self._loop.is_closed()):
-            self.refuse()  # The volume closes what is open, or has done so; or it is the parent's to close.
+            self._file.closed = True  # The volume closes what is open, or has done so; or it is the parent's to close.
             return
         runner.check_loop()
         if self._ended is None:
-            self._ended = runner.start(self.shut(), self.name)
-            self.refuse()
+            self._ended = runner.start(self._file.shut(), self.name)
+            self._file.closed = True
         await asyncio.shield(self._ended)
 
     async def __aenter__(self) -> FileInVolume:
@@ -204,42 +293,26 @@ class FileInVolume:
         await self.close()
 
     def __del__(self) -> None:
-        # It could not be thrown away if anything were in flight.
-        if getattr(self, "closed", True) or self._runner.closed or self._runner.forked:
+        if not hasattr(self, "_ended") or self.closed or self._runner.closed or self._runner.forked:
             return
         warnings.warn(f"a file in a volume was not closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._volume.abandon, self._handle)
+            self._loop.call_soon_threadsafe(self._file.home.abandon, self._file)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError("an open file cannot be copied or pickled")
 
-    # For the volume.
-
-    def refuse(self) -> None:
-        """Take nothing more."""
-        self.closed = True
-        self._may = [False, False]
-
-    async def shut(self) -> None:
-        """Wait until nothing is in flight, and let go of the handle. On the scheduler."""
-        await self._busy.zero()
-        if self._requests is not None and self._requests.pending:
-            self._idle = Event()
-            await shielded(self._idle)
-        await self._handle.close()
-
     # How.
 
     def _start(self, op: int, offset: int, buffer: Buffer) -> asyncio.Future[int]:
-        if not self._may[op]:
+        if not self._may[op] or self._file.closed:
             self._check_usable(op)
         requests = self._requests
         if requests is None:
             offset = operator.index(offset)
             if offset < 0:
                 raise ValueError(f"the offset is {offset}; it cannot be negative")
-            return self._run(self._move(op, offset, [as_bytes_view(buffer, writable=op == READ)]))
+            return self._file.run(self._file.move(op, offset, [as_bytes_view(buffer, writable=op == READ)]))
         future: asyncio.Future[int] = asyncio.Future(loop=self._loop)
         # Another thread is refused by the ring. To ask for the loop that runs here takes a system call.
         if requests.begin(op, offset, buffer, future) is None:
@@ -248,63 +321,21 @@ class FileInVolume:
         self._kick()
         return future
 
-    def _done(self, request: Request) -> None:
-        future: asyncio.Future[int] = request.tag  # type: ignore[assignment]
-        outcome = request.outcome
-        if outcome is not None:
-            if self._seen is not None:
-                outcome = self._seen(request.op, outcome)
-            self._tallies.add(outcome, request.transferred)
-            if not future.done():
-                try:
-                    future.set_result(request.transferred)
-                except RuntimeError:
-                    pass  # The loop is closed.
-        else:
-            error = request.exception
-            settle(future, named(error, self.name) if isinstance(error, ODirectError) else error)
-        if self._idle is not None and not cast(NodeRequests, self._requests).pending:
-            self._idle.fire()
-
     async def _vector(self, op: int, segments: list[memoryview], offset: int) -> int:
         self._check_usable(op)
         offset = operator.index(offset)
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
-        return await self._run(self._move(op, offset, segments))
+        return await self._file.run(self._file.move(op, offset, segments))
 
     async def _move(self, op: int, offset: int, segments: list[memoryview]) -> int:
         """One request, counted; how many bytes."""
         segments = [segment for segment in segments if len(segment)]
-        call = self._handle.read if op == READ else self._handle.write
+        call = self._file.handle.read if op == READ else self._file.handle.write
         done = await call(offset, segments, access=self.access, flags=self._flags[op])
         outcome = done.outcome if self._seen is None else self._seen(op, done.outcome)
-        self._tallies.add(outcome, done.transferred)
+        self._file.tallies.add(outcome, done.transferred)
         return done.transferred
-
-    async def _clear(self, offset: int, length: int, *, grow: bool) -> None:
-        await self._handle.punch(offset, length)
-        if grow and offset + length > self._handle.size_bytes:
-            await self._handle.truncate(offset + length)
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
-        if self.closed:
-            coroutine.close()
-            raise ClosedError("the file is closed", path=self.name)
-        counted = self._counted(coroutine)
-        self._busy.up()
-        try:
-            return self._runner.start(counted, self.name)
-        except BaseException:
-            coroutine.close()
-            self._busy.down()
-            raise
-
-    async def _counted(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        try:
-            return await coroutine
-        finally:
-            self._busy.down()
 
     def _check_open(self) -> None:
         if self.closed:

@@ -16,6 +16,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tests.fs.ext2.raw_image import RawImage
+from tests.fs.ext2.writing_kit import device_of, fresh_image
+from tests.loops import needs_tool
+
 from odirect.base.errors import NoSpaceError
 from odirect.block.bio import FUA
 from odirect.block.buffers import empty
@@ -23,11 +27,9 @@ from odirect.block.filters.log_writes import LogWrites
 from odirect.fs.base import NewFile
 from odirect.fs.ext2.volume import Ext2, open_ext2
 from odirect.fs.file import NodeFile
+from odirect.sched.scheduler import Task
 from odirect.sched.traps import gather
 from odirect.testing.sim import Simulation
-from tests.fs.ext2.raw_image import RawImage
-from tests.fs.ext2.writing_kit import device_of, fresh_image
-from tests.loops import needs_tool
 
 T = TypeVar("T")
 
@@ -464,6 +466,13 @@ class Workload:
         await gather(*tasks)
         self._before = None
 
+    async def beside_a_sync(self, doing: Coroutine[Any, Any, object]) -> None:
+        """Do this while a sync is on its way."""
+        self._before = self._capture()
+        tasks: list[Task[Any]] = [self.sim.scheduler.spawn(self.sync()), self.sim.scheduler.spawn(doing)]
+        await gather(*tasks)
+        self._before = None
+
     async def _any(self) -> None:
         ways: list[tuple[int, Callable[[], Coroutine[Any, Any, None]]]] = [
             (6, self._create),
@@ -535,7 +544,10 @@ class Workload:
         if dice < 0.2:
             mode = stat.S_IFDIR | 0o755
         elif dice < 0.35:
-            mode, target = stat.S_IFLNK | 0o777, self.data(self.random.choice((5, 59, 60, 200, 1000))).replace(b"/", b"_")
+            mode, target = (
+                stat.S_IFLNK | 0o777,
+                self.data(self.random.choice((5, 59, 60, 200, 1000))).replace(b"/", b"_"),
+            )
 
         async def go() -> None:
             item = await self.create(parent, name, mode, target=target)
@@ -615,11 +627,11 @@ class Workload:
         if key is None:
             return
         item = self.edges[key]
-        over = self._pick_edge(lambda other: other is not item and (self._is_empty(other) if item.is_dir else not other.is_dir))
+        over = self._pick_edge(
+            lambda other: other is not item and (self._is_empty(other) if item.is_dir else not other.is_dir)
+        )
         if over is not None and not (item.is_dir and self._is_above(item, over[0])):
-            await self._holding(
-                self.rename(*key, *over), key, over, item, self.edges[over], inside=[key[0], over[0]]
-            )
+            await self._holding(self.rename(*key, *over), key, over, item, self.edges[over], inside=[key[0], over[0]])
 
     async def _link(self) -> None:
         key = self._pick_edge(lambda item: not item.is_dir)

@@ -9,11 +9,17 @@ For long runs:  python -m tests.fs.ext2.fsx SEEDS OPERATIONS [FIRST SEED]
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
+
+from tests.dio.kit import pump
+from tests.fs.ext2.crash_kit import Fsck
+from tests.fs.ext2.crash_model import CANARY, base_image
+from tests.fs.ext2.raw_image import RawImage
 
 from odirect.base.errors import AlignmentError, NotDirectError, WouldBlockError
 from odirect.block.bio import FUA, HIPRI, NOWAIT
@@ -26,10 +32,6 @@ from odirect.fs.ext2.volume import Ext2, open_ext2
 from odirect.fs.file import NodeFile
 from odirect.sched.scheduler import Scheduler, Task
 from odirect.testing.model import ModelFile
-from tests.dio.kit import pump
-from tests.fs.ext2.crash_kit import Fsck
-from tests.fs.ext2.crash_model import CANARY, base_image
-from tests.fs.ext2.raw_image import RawImage
 
 T = TypeVar("T")
 
@@ -126,7 +128,9 @@ class Fsx:
 
     def length(self) -> int:
         dice, unit = self.random, self.shape.block_bytes
-        found = dice.choice((unit, 2 * unit, 3 * unit, 512, 1, dice.randrange(1, 3 * unit), dice.randrange(0, 4 * unit)))
+        found = dice.choice(
+            (unit, 2 * unit, 3 * unit, 512, 1, dice.randrange(1, 3 * unit), dice.randrange(0, 4 * unit))
+        )
         if dice.random() < 0.02:
             found = dice.randrange(1, 20 * unit)
         return found
@@ -140,7 +144,7 @@ class Fsx:
             cuts += [min(length, dice.randrange(length) // step * step) for _ in range(dice.randrange(1, 4))]
         cuts.sort()
         found = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             away = dice.choice((0, 0, 0, 512, 4, 1))
             found.append(empty(end - start + away)[away:])
         return found
@@ -184,7 +188,9 @@ class Fsx:
         found = b"".join(segments)
         assert done.transferred == len(expected), f"{done} where there are {len(expected)} bytes"
         _same(found[: len(expected)], expected, offset)
-        assert found[len(expected) :] == bytes([_BEHIND]) * (length - len(expected)), "memory past the count was touched"
+        assert found[len(expected) :] == bytes([_BEHIND]) * (length - len(expected)), (
+            "memory past the count was touched"
+        )
         kinds = {"strict": (Kind.DIRECT, Kind.BOUNCED), "buffered": (Kind.BUFFERED,)}.get(access, tuple(Kind))
         assert done.outcome.kind in kinds, done
 

@@ -9,6 +9,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
+from tests.fs.ext2.crash_kit import Fsck
+from tests.fs.ext2.crash_model import CANARY, base_image
+from tests.fs.ext2.raw_image import RawImage
+from tests.fs.ext2.writing_kit import device_of
 
 from odirect.base.errors import DeviceError, NoSpaceError, ODirectError, ReadOnlyError, StickySyncError, WouldBlockError
 from odirect.block.bio import FLUSH, FUA, NOWAIT, READ, WRITE
@@ -22,10 +26,6 @@ from odirect.fs.ext2.volume import Ext2, open_ext2
 from odirect.fs.file import NodeFile
 from odirect.sched.drive_sync import SyncDriver
 from odirect.sched.scheduler import Scheduler
-from tests.fs.ext2.crash_kit import Fsck
-from tests.fs.ext2.crash_model import CANARY, base_image
-from tests.fs.ext2.raw_image import RawImage
-from tests.fs.ext2.writing_kit import device_of
 
 T = TypeVar("T")
 
@@ -178,7 +178,9 @@ class Script:
             before = self.expected[number].ljust(offset, b"\0")
             self.expected[number] = before[:offset] + data[: done.transferred] + before[offset + done.transferred :]
 
-    async def on(self, number: int, call: Callable[[NodeFile], Awaitable[object]], after: Callable[[bytes], bytes]) -> None:
+    async def on(
+        self, number: int, call: Callable[[NodeFile], Awaitable[object]], after: Callable[[bytes], bytes]
+    ) -> None:
         handle = self.handles.get(number)
         if handle is not None and await self.attempt(self._yes(call(handle)), number):
             self.expected[number] = after(self.expected[number])
@@ -267,10 +269,7 @@ def _check_fault(rig: Rig, number: int, moved: int | None) -> int:
     elif injected and injected[0].op == WRITE:
         rig.run(rig.volume.create(2, b"more", FILE))
     with Fsck() as fsck:
-        if broken is None:
-            raw = rig.end()
-        else:
-            raw = fsck(bytes(rig.store.data), twice=True).raw
+        raw = rig.end() if broken is None else fsck(bytes(rig.store.data), twice=True).raw
     for record in raw.records.values():
         assert record.kind == stat.S_IFDIR or CANARY not in record.content + record.tail
     return bios

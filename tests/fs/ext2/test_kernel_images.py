@@ -353,8 +353,10 @@ def _digest(image: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def settle(tree: Tree, times: tuple[int, ...] = TIMES) -> None:
+def settle(tree: Tree, shape: str) -> None:
     """Give everything times that depend on its name only, what is in a directory before itself."""
+    # The kernel itself keeps times of revision 0 too long for the disk as long as it is mounted.
+    times = TIMES[:6] if shape == "revision-0" else TIMES
     paths: list[tuple[bytes, bool]] = []
     waiting = [b""]
     while waiting:
@@ -601,7 +603,7 @@ def test_what_mke2fs_and_debugfs_made(shape: str, scratch: Path) -> None:
     for number, path in enumerate(sorted(source.rglob("*"))):
         os.utime(path, (1000 + number, 2**31 - 1 - number), follow_symlinks=False)
     with shaped(shape, scratch, "-d", str(source)) as image:
-        attributes = shape != "revision-0"
+        attributes = shape not in ("revision-0", "1k-1024")  # Those have no ext_attr.
         debugfs(image, "mknod null c 1 3", "mknod disk b 300 60000")
         if attributes:
             debugfs(image, f"ea_set hard user.long {'v' * 300}", "ea_set hard user.short w", "ea_set d trusted.x y")
@@ -675,7 +677,7 @@ def program(dice: random.Random, length: int, block_bytes: int) -> Iterator[tupl
                 ("mkdir", dice.choice(_DIRECTORIES)),
                 ("rmdir", dice.choice(_DIRECTORIES)),
                 ("mknod", new, dice.choice((stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR)) | 0o600, os.makedev(5, 300)),
-                ("chmod", path, dice.choice((0o600, 0o777, 0o4755, 0o1444))),
+                ("chmod", path, dice.choice((0o600, 0o777, 0o755, 0o1444))),
                 ("chown", path, dice.choice((0, 1000, 100_000)), dice.choice((0, 70_000))),
                 ("set_xattr", path, dice.choice(_XATTRS), dice.randbytes(dice.choice((0, 1, 30, 200)))),
                 ("set_xattr", path, dice.choice(_XATTRS), b"shared" * 20),
@@ -723,15 +725,15 @@ def test_we_and_the_kernel_by_turns(shape: str, scratch: Path) -> None:
             if turn % 2:
                 with mounted(image, "ext2") as point:
                     assert [perform(Kernel(point), operation) for operation in operations] == expected
-                    settle(Kernel(point))
+                    settle(Kernel(point), shape)
             else:
                 with odirect.open_volume(image, "r+") as volume:
                     tree = Ours(volume)
                     for operation, said in zip(operations, expected, strict=True):
                         assert perform(tree, operation) == said, operation[:2]
-                    settle(tree)
+                    settle(tree, shape)
                     assert volume.check() == []
-            settle(alone)
+            settle(alone, shape)
             compare(image)
             with mounted(image, "ext2", "ro") as point:
                 ours, theirs = plain(Kernel(point)), plain(alone)
@@ -828,9 +830,9 @@ def test_one_of_everything_made_here(shape: str, scratch: Path) -> None:
         fill(alone, _block_bytes(shape), names=200)
         with odirect.open_volume(image, "r+") as volume:
             fill(Ours(volume), _block_bytes(shape), names=200)  # type: ignore[arg-type]
-            settle(Ours(volume))
+            settle(Ours(volume), shape)
             assert volume.check() == []
-        settle(alone)
+        settle(alone, shape)
         compare(image)
         with mounted(image, "ext2", "ro") as point:
             ours, theirs = plain(Kernel(point)), plain(alone)

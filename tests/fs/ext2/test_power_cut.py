@@ -9,7 +9,6 @@ import stat
 from collections.abc import Callable, Iterator
 
 import pytest
-
 from tests.fs.ext2 import crash_kit
 from tests.fs.ext2.crash_kit import check_crashes
 from tests.fs.ext2.crash_model import Item, Workload, base_image, foreign_image
@@ -148,6 +147,20 @@ def replaced(work: Workload) -> None:
             work.run(work.sync())
 
 
+def backed_up(work: Workload) -> None:
+    """What is replaced has just got another name: it keeps that one."""
+    place = make(work, b"place", DIRECTORY)
+    one = make(work, b"file")
+    work.run(work.write(one, 0, work.data(1500)))
+    work.run(work.sync())
+    for number in range(6):
+        work.run(work.link(work.edges[work.root, b"file"], place, b"old%d" % number))
+        new = make(work, b"new")
+        work.run(work.write(new, 0, work.data(1000)))
+        work.run(work.rename(work.root, b"new", work.root, b"file"))
+        work.run(work.sync())
+
+
 def attributes(work: Workload) -> None:
     """Links of both kinds, modes, and extended attributes set, replaced, removed and gone with their file."""
     one = make(work, b"one")
@@ -209,6 +222,32 @@ def theirs(work: Workload) -> None:
     work.run(work.sync())
 
 
+def shortened(work: Workload) -> None:
+    """In a directory made elsewhere, the room of each entry in turn is given to a longer one, or to one less long."""
+    wide = next(item for (_, name), item in work.edges.items() if name == b"wide")
+    for number in range(3):
+        work.run(work.unlink(wide, b"%0200d" % number))
+        work.run(work.sync())
+        make(work, b"%d" % number + b"f" * 180, parent=wide)
+        work.run(work.sync())
+
+
+def handed_over(work: Workload) -> None:
+    """Blocks are freed while a commit is on its way, and wanted by another file as soon as it has ended."""
+    block = work.volume.block_bytes
+    room = work.run(work.volume.space()).available
+    files = [make(work, b"one"), make(work, b"two")]
+    work.run(work.write(files[0], 0, work.data((room - 10) * block)))
+    work.run(work.sync())
+    for number in range(6):
+        old, new = files[number % 2], files[1 - number % 2]
+        work.run(work.set_mode(new, 0o600 + number, number))
+        work.run(work.beside_a_sync(work.truncate(old, (room // 2) * block)))
+        work.run(work.truncate(old, block))
+        work.run(work.write(new, 0, work.data((room - 20) * block)))
+        work.run(work.beside_a_sync(work.truncate(old, 0)))
+
+
 def side_by_side(work: Workload) -> None:
     """Commits while data is on its way and names are made."""
     work.steps(3)
@@ -244,13 +283,14 @@ SCRIPTS: list[Callable[[Workload], None]] = [
     shrinking,
     names,
     replaced,
+    backed_up,
     attributes,
     many,
     side_by_side,
 ]
 
 
-def crash(script: Callable[[Workload], None], image: bytes, *, tight: bool = False, ways: int = 5) -> int:
+def crash(script: Callable[[Workload], None], image: bytes, *, tight: bool = False, ways: int = 4) -> int:
     work = Workload(7, image, tight=tight)
     with work.sim:
         script(work)
@@ -268,11 +308,13 @@ def test_scripted(script: Callable[[Workload], None], block_bytes: int) -> None:
 @pytest.mark.parametrize("block_bytes", [1024, 4096])
 def test_foreign_directories(block_bytes: int) -> None:
     """No entry that is added to them takes another with it when a sector is torn."""
-    assert crash(theirs, foreign_image(3 << 20, block_bytes, "-N", "256")) > 50
+    for script in (theirs, shortened):
+        assert crash(script, foreign_image(3 << 20, block_bytes, "-N", "256")) > 50
 
 
 @pytest.mark.parametrize("block_bytes", [1024, 4096])
 def test_nearly_full(block_bytes: int) -> None:
     """F30: blocks have a new owner only after the old one has lost them on the disk."""
-    size = 160 * block_bytes
-    assert crash(in_need, base_image(size, block_bytes, "-N", "16", "-m", "0"), tight=True) > 50
+    image = base_image(160 * block_bytes, block_bytes, "-N", "16", "-m", "0")
+    for script in (in_need, handed_over):
+        assert crash(script, image, tight=True) > 50

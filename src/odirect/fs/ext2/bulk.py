@@ -31,6 +31,8 @@ _INODES_AT_ONCE = 16384
 # Reading this much that nobody wants is quicker than one request more.
 _GAP_BYTES = 64 << 10
 _READ_BYTES = 1 << 20
+# Indirect blocks that are asked for together.
+_LEAF_BYTES = 8 << 20
 _WORKERS = 8
 _KIND_BITS = 0o170000
 
@@ -251,16 +253,48 @@ async def _runs(volume: Ext2, inodes: Sequence[int]) -> tuple[list[int], _Runs]:
     for index in volume.open_among(inodes):
         small[index] = False
         sizes[index] = (await volume.attributes(inodes[index])).size
-    # A row for each block of the small files that is there, in the order of files.
+    # A row for each block that is there, in the order of files.
+    middling = (
+        ~small & (sizes <= _READ_BYTES) & (sizes <= (format.DIRECT_BLOCKS + geometry.pointers_per_block) * block_bytes)
+    )
+    middling &= (records["flags"] & format.InodeFlags.EXTENTS) == 0
+    middling[volume.open_among(inodes)] = False
     numbers = pointers[:, : format.DIRECT_BLOCKS]
-    there = (numpy.arange(format.DIRECT_BLOCKS) * block_bytes < sizes[:, None]) & small[:, None] & (numbers != 0)
+    there = numpy.arange(format.DIRECT_BLOCKS) * block_bytes < sizes[:, None]
+    there &= (small | middling)[:, None] & (numbers != 0)
     files, columns = numpy.nonzero(there)
-    blocks = numbers[files, columns]
+    rows = [_joined(volume, inodes, files, columns, numbers[files, columns])]
+    # Those with one indirect block: all these blocks are read at once.
+    indirect = numpy.flatnonzero(middling & (pointers[:, format.DIRECT_BLOCKS] != 0))
+    if len(indirect):
+        numbers = await _leaves(volume, inodes, indirect, pointers[indirect, format.DIRECT_BLOCKS])
+        columns = numpy.arange(format.DIRECT_BLOCKS, format.DIRECT_BLOCKS + numbers.shape[1])
+        there = (columns * block_bytes < sizes[indirect][:, None]) & (numbers != 0)
+        files, places = numpy.nonzero(there)
+        rows.append(_joined(volume, inodes, indirect[files], columns[places], numbers[files, places]))
+    for index in numpy.flatnonzero(~(small | middling)).tolist():
+        rows.append(await _large(volume, inodes[index], index, int(sizes[index])))
+    joined = numpy.concatenate(rows, axis=1)
+    joined = joined[:, numpy.argsort(joined[2], kind="stable")]
+    return sizes.tolist(), _Runs(*joined.tolist())
+
+
+def _joined(
+    volume: Ext2,
+    inodes: Sequence[int],
+    files: numpy.ndarray[Any, Any],
+    columns: numpy.ndarray[Any, Any],
+    blocks: numpy.ndarray[Any, Any],
+) -> numpy.ndarray[Any, Any]:
+    """Rows of runs: block `columns` of file `files` is `blocks` on the device. Neighbours on both are one run."""
+    import numpy
+
+    geometry = volume.geometry
+    block_bytes = geometry.block_bytes
     bad = geometry.first_wrong(blocks)
     if bad >= 0:
         place = Place(volume.name, f"block {columns[bad]} of inode {inodes[files[bad]]}", 0)
         geometry.check_data_block(int(blocks[bad]), place)
-    # Neighbours in the file and on the device are one run.
     addrs = blocks.astype(numpy.int64) * block_bytes
     offsets = columns.astype(numpy.int64) * block_bytes
     begins = numpy.ones(len(files), bool)
@@ -271,13 +305,32 @@ async def _runs(volume: Ext2, inodes: Sequence[int]) -> tuple[list[int], _Runs]:
     )
     heads = numpy.flatnonzero(begins)
     lengths = numpy.diff(numpy.append(heads, len(files))) * block_bytes
-    rows = numpy.stack([files[heads], offsets[heads], addrs[heads], lengths])
-    others = [
-        await _large(volume, inodes[index], index, int(sizes[index])) for index in numpy.flatnonzero(~small).tolist()
-    ]
-    rows = numpy.concatenate([rows, *others], axis=1)
-    rows = rows[:, numpy.argsort(rows[2], kind="stable")]
-    return sizes.tolist(), _Runs(*rows.tolist())
+    return numpy.stack([files[heads], offsets[heads], addrs[heads], lengths])
+
+
+async def _leaves(
+    volume: Ext2, inodes: Sequence[int], which: numpy.ndarray[Any, Any], blocks: numpy.ndarray[Any, Any]
+) -> numpy.ndarray[Any, Any]:
+    """What is in the indirect blocks of these files, a row for each."""
+    import numpy
+
+    cache, geometry = volume.cache, volume.geometry
+    bad = geometry.first_wrong(blocks)
+    if bad >= 0:
+        place = Place(volume.name, f"the indirect block of inode {inodes[which[bad]]}", 0)
+        geometry.check_data_block(int(blocks[bad]), place)
+    found: numpy.ndarray[Any, Any] = numpy.empty((len(blocks), geometry.pointers_per_block), "<u4")
+    portion = max(1, _LEAF_BYTES // geometry.block_bytes)
+
+    for start in range(0, len(blocks), portion):
+        some = blocks[start : start + portion].tolist()
+
+        def copy(start: int = start, some: list[int] = some) -> None:
+            for row, view in enumerate(cache.get_all(some), start):
+                found[row] = numpy.frombuffer(view, "<u4")
+
+        await cache.load(copy)
+    return found
 
 
 async def _large(volume: Ext2, number: int, index: int, size: int) -> numpy.ndarray[Any, Any]:

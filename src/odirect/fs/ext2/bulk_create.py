@@ -20,6 +20,7 @@ from odirect.cache.metacache import FRESH, TREE
 from odirect.dio.blockdev import transfer
 from odirect.fs.base import NewFile
 from odirect.fs.ext2 import format, grow
+from odirect.fs.ext2.allocate import NeedsCommit
 from odirect.fs.ext2.inode import Ext2Inode
 from odirect.sched.traps import gather, joined, this_scheduler
 
@@ -182,8 +183,14 @@ def _make(volume: Ext2, batch: _Batch) -> list[int]:
         by_directory.setdefault(file.directory, []).append(index)
     now_ns = volume.now_ns()
     numbers = numpy.zeros(len(batch.files), numpy.int64)
+    needs: NeedsCommit | None = None
     for directory, indices in by_directory.items():
-        numbers[indices] = volume.new_files(directory, [batch.files[index].name for index in indices], now_ns)
+        try:
+            numbers[indices] = volume.new_files(directory, [batch.files[index].name for index in indices], now_ns)
+        except NeedsCommit as need:
+            needs = need  # All is undone; but first the other directories say what they need, for the same commit.
+    if needs is not None:
+        raise needs
     _store(volume, numbers, _records(volume, batch, now_ns))
     made: list[int] = numbers.tolist()
     return made

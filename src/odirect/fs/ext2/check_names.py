@@ -88,7 +88,8 @@ class NameWalk:
         """(directory, block in it, block of the volume) of every block of every directory, in order."""
         for directory in self._inodes.directories:
             state = _Open(directory)
-            for logical, block in zip(directory.logical, directory.blocks, strict=True):
+            # The walk came by the blocks of numbers in the order of the device.
+            for logical, block in sorted(zip(directory.logical, directory.blocks, strict=True)):
                 yield state, logical, block
             # All its blocks have been given out, but the last ones are judged only after this.
             directory.logical = array.array("Q")

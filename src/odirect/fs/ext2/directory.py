@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from odirect.fs.ext2.format import ENTRY_HEAD, NAME_BYTES, ROOT_INODE, FileType, entry_bytes
+from odirect.fs.ext2.format import ENTRY_HEAD, NAME_BYTES, FileType, entry_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,6 @@ def entries(geometry: Geometry, data: memoryview | bytes | bytearray, place: Pla
     unpack = ENTRY_HEAD.struct.unpack_from
     head_bytes = ENTRY_HEAD.size
     inodes_count, typed = geometry.inodes_count, geometry.has_file_type
-    first_inode = geometry.first_inode
     raw = bytes(data)
     at = 0
     while at < end:
@@ -80,7 +79,6 @@ def entries(geometry: Geometry, data: memoryview | bytes | bytearray, place: Pla
                 not 0 < name_len <= NAME_BYTES
                 or entry_bytes(name_len) > rec_len
                 or inode > inodes_count
-                or (inode < first_inode and inode != ROOT_INODE)
                 or file_type > FileType.SYMLINK
                 or 0 in name
                 or b"/" in name
@@ -191,18 +189,14 @@ def _check_block(geometry: Geometry, view: memoryview, block: int, index: int, i
     for entry in found[2:] if index == 0 else found:
         if entry.inode and entry.name in _DOTS:
             raise _at(place, entry.offset).corrupt(f"another entry {entry.name!r}", "it at the start only")
-        if entry.inode == ROOT_INODE:
-            raise _at(place, entry.offset).corrupt(f"the root directory as {entry.name!r}", "it without a name")
     return found
 
 
 def _wrong_entry(geometry: Geometry, place: Place, entry: Entry, name_len: int) -> Exception:
     if not 0 < name_len <= NAME_BYTES or entry_bytes(name_len) > entry.rec_len:
         return place.corrupt(f"a name of {name_len} bytes", f"1 to {NAME_BYTES} that fit rec_len {entry.rec_len}")
-    if entry.inode > geometry.inodes_count or (entry.inode < geometry.first_inode and entry.inode != ROOT_INODE):
-        return place.corrupt(
-            f"inode {entry.inode}", f"{ROOT_INODE}, or a number from {geometry.first_inode} to {geometry.inodes_count}"
-        )
+    if entry.inode > geometry.inodes_count:
+        return place.corrupt(f"inode {entry.inode}", f"a number from 1 to {geometry.inodes_count}")
     if entry.file_type > FileType.SYMLINK:
         return place.corrupt(f"file_type {entry.file_type}", f"at most {int(FileType.SYMLINK)}")
     return place.corrupt(f"name {entry.name!r}", "a name without '/' and zero bytes")

@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 _HEAD = ENTRY_HEAD.struct
+# How many more blocks are looked at before room that takes a commit to be used is used.
+_PATIENCE_BLOCKS = 16
 
 #: The key of a chain of free entries' heads inside an entry's room: block, where it begins and ends.
 _Chain = tuple[int, int, int]
@@ -297,14 +299,18 @@ def _find_room(volume: Volume, directory: Ext2Inode, need: int) -> _Room | None:
     full = first
     wide: tuple[int, int, _Chain] | None = None
     waits = False
+    last = first + len(numbers)
     for index, block in enumerate(numbers, first):
         search = _Search()
         _look(volume, directory, block, need, search)
         if search.room is not None:
             hints[need] = max(full, hints.get(need, 0))
             return search.room
-        wide = wide or search.wide
+        if wide is None and search.wide is not None:
+            wide, last = search.wide, index + _PATIENCE_BLOCKS
         waits = waits or search.waits
+        if index >= last:
+            break  # Else every name would be sought room for in all of a large directory.
         if full == index and not search.wide and not search.waits:
             full = index + 1
     hints[need] = max(full, hints.get(need, 0))
@@ -390,7 +396,7 @@ def _use_wide(volume: Volume, block: int, at: int, chain: _Chain) -> _Room:
     view = cache.get(block)
     written = all(view[offset : offset + 8] == _free_head(length) for offset, length in heads)
     if not written or not notes.chain_is_there(chain):
-        notes.first[chain] = lambda: _write_chain(volume, at, chain)
+        notes.first[chain] = lambda: _write_chain(volume, chain)
         raise NeedsCommit("room that lies over several sectors is being cut")
     written_at = notes.chains.pop(chain)
     cache.undo(lambda: notes.chains.update({chain: written_at}))
@@ -400,8 +406,8 @@ def _use_wide(volume: Volume, block: int, at: int, chain: _Chain) -> _Room:
     return _Room(block, -1, offset, offset + length)
 
 
-def _write_chain(volume: Volume, at: int, chain: _Chain) -> None:
-    """Write the heads of free entries into the room of the entry at `at`, if that is still there."""
+def _write_chain(volume: Volume, chain: _Chain) -> None:
+    """Write the heads of free entries into the room that they are for, if that is still an entry's."""
     notes, cache = volume.committer.notes, volume.cache
     block, start, end = chain
     view = cache.get(block)
@@ -410,9 +416,9 @@ def _write_chain(volume: Volume, at: int, chain: _Chain) -> None:
         inode, rec_len, name_len, _ = ENTRY_HEAD.struct.unpack_from(view, offset)
         if rec_len < LEAST_ENTRY_BYTES or (not inode and cache.held_back(block, offset)):
             return
-        # Another entry may have been put before the chain; what counts is whose room the chain is in.
+        # Whose room it is may have changed, or what changed it was undone; what counts is that it is somebody's.
         used = entry_bytes(name_len) if inode else LEAST_ENTRY_BYTES
-        if offset >= at and offset + used <= start and offset + rec_len == end:
+        if offset + used <= start and offset + rec_len == end:
             view = cache.change(block, ENTRY)
             for place, length in _chain_of(chain):
                 view[place : place + 8] = _free_head(length)

@@ -69,6 +69,8 @@ T = TypeVar("T")
 _MOST_INODES = 4096
 # A commit is begun when so many bytes of metadata wait for one.
 _DIRTY_BYTES = 32 << 20
+# How many new links are remembered before those that are on the disk are forgotten.
+_MOST_LINKED = 1024
 # A change that still asks for a commit after so many of them lacks room. Many names at once may need one for
 # each block of a directory that was made elsewhere.
 _MOST_COMMITS = 300
@@ -135,6 +137,8 @@ class Ext2(FileSystem):
         self._inodes: collections.OrderedDict[int, Ext2Inode] = collections.OrderedDict()
         self._maps: dict[int, tuple[Ext2Inode, BlockMap]] = {}
         self._nodes: dict[int, Ext2Node] = {}
+        #: Inodes that got another name, each with how many commits there had been.
+        self._linked: dict[int, int] = {}
         # By directory: every name, and the block that it is in.
         self._names: dict[int, dict[bytes, int]] = {}
         self._closed = False
@@ -169,6 +173,10 @@ class Ext2(FileSystem):
         """The inode of this number. Plain; BlockMiss, CorruptionError."""
         found = self._inodes.get(number)
         if found is None:
+            if number < self.geometry.first_inode and number != self.root:
+                # The journal, the blocks kept for more descriptors and their like, which no name can lead to.
+                expected = f"{self.root}, or a number from {self.geometry.first_inode} on"
+                raise self.geometry.inode_structure(number).corrupt("a name of a reserved inode", expected)
             block, offset = self.geometry.inode_place(self.cache, number)
             raw = self.cache.get(block)[offset : offset + self.geometry.inode_bytes]
             found = self._inodes[number] = Ext2Inode.parse(self.geometry, number, raw)
@@ -198,7 +206,15 @@ class Ext2(FileSystem):
             now = self.allocator.superblock()
             if not now.feature_ro_compat & format.ReadOnlyCompat.LARGE_FILE:
                 features = now.feature_ro_compat | format.ReadOnlyCompat.LARGE_FILE
-                self.allocator.change_superblock(feature_ro_compat=features)
+                self._set_feature(feature_ro_compat=features)
+
+    def _set_feature(self, **fields: int) -> None:
+        """Set features in the superblock. Revision 0 has none, so it becomes revision 1, as the kernel has it."""
+        if self.allocator.superblock().rev_level == format.REV_ORIGINAL:
+            fields["rev_level"] = format.REV_DYNAMIC
+            fields["first_ino"] = format.FIRST_INODE_REV0
+            fields["inode_size"] = format.GOOD_OLD_INODE_BYTES
+        self.allocator.change_superblock(**fields)
 
     def available_blocks(self) -> int:
         """Blocks that a write may still ask for."""
@@ -273,13 +289,9 @@ class Ext2(FileSystem):
         file_type = _TYPES.get(stat.S_IFMT(mode))
         if file_type is None:
             raise ValueError(f"mode {mode:o} says no kind of file")
-        if file_type is format.FileType.SYMLINK and not 0 < len(target) < self.block_bytes:
-            if not target:
-                raise MissingError("a symbolic link must lead somewhere", path=name)
-            raise PathError(
-                f"a symbolic link of {len(target)} bytes: one block of {self.block_bytes} must hold it and a zero",
-                errno=errno.ENAMETOOLONG,
-            )
+        is_symlink = file_type is format.FileType.SYMLINK
+        if is_symlink and not target:
+            raise MissingError("a symbolic link must lead somewhere", path=name)
         self._check_name(name)
 
         await self._index(directory)
@@ -287,6 +299,11 @@ class Ext2(FileSystem):
         def make() -> int:
             parent = self._directory(directory)
             self._check_free(parent, name)
+            if is_symlink and len(target) >= self.block_bytes:
+                raise PathError(
+                    f"a symbolic link of {len(target)} bytes: one block of {self.block_bytes} must hold it and a zero",
+                    errno=errno.ENAMETOOLONG,
+                )
             now = self.now_ns()
             is_dir = file_type is format.FileType.DIRECTORY
             number = self.allocator.new_inode(parent, is_dir)
@@ -298,7 +315,7 @@ class Ext2(FileSystem):
                 self._add_link(parent)
                 inode.links = 2
                 entries.make_directory_block(self, inode, parent.number)
-            elif file_type is format.FileType.SYMLINK:
+            elif is_symlink:
                 self._set_target(inode, target)
             elif file_type in (format.FileType.CHARACTER, format.FileType.BLOCK):
                 inode.device_number = device_number
@@ -328,6 +345,7 @@ class Ext2(FileSystem):
             self.store(target)
             self._add_name(parent, name, inode, _TYPES[stat.S_IFMT(target.mode)])
             self._touch_directory(parent, now)
+            self._note_link(inode)
 
         await self.change(make)
 
@@ -353,7 +371,8 @@ class Ext2(FileSystem):
     async def rmdir(self, directory: int, name: bytes) -> None:
         """See `FileSystem`."""
         if name in (b".", b".."):
-            raise PathError("a directory is not removed by this name", errno=errno.EINVAL, path=name)
+            number = errno.EINVAL if name == b"." else errno.ENOTEMPTY
+            raise PathError("a directory is not removed by this name", errno=number, path=name)
 
         await self._index(directory)
 
@@ -396,7 +415,12 @@ class Ext2(FileSystem):
             replaced: Ext2Inode | None = None
             if target is not None:
                 replaced = self._live(target.inode)
+                if replaced.is_dir and any(above is replaced for above in self._line_up(old)):
+                    raise PathError("the directory is not empty", errno=errno.ENOTEMPTY, path=new_name)
                 self._check_replaceable(inode, replaced, new_name)
+                if self._has_new_link(replaced):
+                    # The name that it loses and the one that it has got would be written in any order.
+                    raise NeedsCommit("another name of what is replaced is not on the disk yet")
             for touched in (old, new, inode):
                 touched.remember(self.cache)
             file_type = _TYPES[stat.S_IFMT(inode.mode)]
@@ -409,8 +433,9 @@ class Ext2(FileSystem):
             self._remove_name(old, old_name, self._found(old, old_name))
             if inode.is_dir:
                 if old is not new:
-                    parent = self._found(inode, b"..")
+                    parent, written_ns = self._found(inode, b".."), inode.mtime_ns
                     entries.replace_entry(self, inode, parent, new.number, format.FileType.DIRECTORY)
+                    inode.mtime_ns = written_ns  # Its names are what they were (as the kernel has it).
                     old.links -= 1
                     new.links += 1
                 if replaced is not None:
@@ -543,7 +568,7 @@ class Ext2(FileSystem):
             xattr.store_inode(self.geometry, self._record(inode), {})
             features = self.allocator.superblock().feature_compat
             if not features & format.Compat.EXT_ATTR:
-                self.allocator.change_superblock(feature_compat=features | format.Compat.EXT_ATTR)
+                self._set_feature(feature_compat=features | format.Compat.EXT_ATTR)
 
         await self.change(change)
 
@@ -867,14 +892,21 @@ class Ext2(FileSystem):
 
     def _check_not_below(self, inode: Ext2Inode, place: Ext2Inode) -> None:
         """Raise EINVAL if `place` is `inode`, or somewhere in it."""
+        if inode.number == self.root:
+            structure = self.geometry.inode_structure(place.number)
+            raise structure.corrupt("the root directory under another name", "names of other inodes")
+        if any(above is inode for above in self._line_up(place)):
+            raise PathError("a directory cannot be moved into itself", errno=errno.EINVAL)
+
+    def _line_up(self, place: Ext2Inode) -> Iterator[Ext2Inode]:
+        """A directory and all that it is in, but for the root."""
         seen: set[int] = set()
         while place.number != self.root:
-            if place.number == inode.number:
-                raise PathError("a directory cannot be moved into itself", errno=errno.EINVAL)
             if place.number in seen:
                 structure = self.geometry.inode_structure(place.number)
                 raise structure.corrupt("directories that are each other's parents", "a way to the root")
             seen.add(place.number)
+            yield place
             place = self._directory(self._found(place, b"..").inode)
 
     def _new_inode(self, number: int, mode: int, uid: int, gid: int, now: int) -> Ext2Inode:
@@ -911,13 +943,23 @@ class Ext2(FileSystem):
         inode.mtime_ns = inode.ctime_ns = now
         self.store(inode)
 
+    def _note_link(self, number: int) -> None:
+        """An inode gets one more name. To be on the safe side this is not undone."""
+        done = self.committer.done
+        if len(self._linked) > _MOST_LINKED:
+            self._linked = {other: at for other, at in self._linked.items() if done < at + 2}
+        self._linked[number] = done
+
+    def _has_new_link(self, inode: Ext2Inode) -> bool:
+        """Whether another name of `inode` may not be on the disk: one commit may have been running already."""
+        return inode.links > 1 and not inode.is_dir and self.committer.done < self._linked.get(inode.number, -2) + 2
+
     def _drop_link(self, inode: Ext2Inode, now: int) -> None:
         """One name less. The record of one that has none left changes on disk after the names (LATE)."""
         inode.remember(self.cache)
         inode.links -= 1
         inode.ctime_ns = now
-        if not inode.links:
-            self.allocator.hold_record(inode.number)
+        self.allocator.hold_record(inode.number)
         self.store(inode)
 
     def _xattrs(self, inode: Ext2Inode) -> dict[bytes, bytes]:
