@@ -97,6 +97,7 @@ def _contents(top: Path) -> dict[str, bytes]:
 # --- reading -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mkfs", _BLOCKS)
 def test_reads_every_file_of_a_tree(mkfs: tuple[str, ...], tmp_path: Path) -> None:
     """Byte for byte: holes, empty files, files of exactly one block, hard links, large files."""
@@ -215,6 +216,7 @@ def test_who_has_extended_attributes(inode_bytes: int, tmp_path: Path) -> None:
 # --- copying -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [2, 3])
 def test_a_tree_comes_back_as_it_went(kind: str, seed: int, tmp_path: Path) -> None:
@@ -232,6 +234,7 @@ def test_a_tree_comes_back_as_it_went(kind: str, seed: int, tmp_path: Path) -> N
     assert (tmp_path / "back" / "empty and long").stat().st_blocks == 0
 
 
+@pytest.mark.slow
 def test_the_checker_and_the_kernel_agree(tmp_path: Path) -> None:
     """What `copy_in` makes with many files at once is what Linux reads."""
     _make_tree(tmp_path / "tree", 4)
@@ -244,6 +247,7 @@ def test_the_checker_and_the_kernel_agree(tmp_path: Path) -> None:
             assert _seen(point) == _seen(tmp_path / "tree")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_there_is_replaced(kind: str, tmp_path: Path) -> None:
     """Files with names that are taken, among those that are made together."""
@@ -287,6 +291,7 @@ class _StopError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.3, 0.7, 0.99])
 def test_an_interrupted_copy_leaves_a_sound_volume(after: float, tmp_path: Path) -> None:
     """Whatever is there then is whole, but for the times of directories."""
@@ -305,6 +310,7 @@ def test_an_interrupted_copy_leaves_a_sound_volume(after: float, tmp_path: Path)
         accepted(image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_copy_to_the_host_leaves_whole_files(kind: str, tmp_path: Path) -> None:
     """And no hidden ones; the volume can be used and closed."""

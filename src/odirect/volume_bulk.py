@@ -1,4 +1,4 @@
-"""Many small files of a volume at once: read ahead of whoever wants them, and made in batches."""
+"""Many small files of a volume at once: read ahead of whoever wants them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from odirect.volume_runner import named
 
 T = TypeVar("T")
 
-#: What is read, or made, together: so many files, or so many bytes.
+#: What is read together: so many files, or so many bytes.
 WINDOW_FILES = 1024
 WINDOW_BYTES = 16 << 20
 

@@ -5,6 +5,7 @@ Everything inside the package is in bytes; numbers with a suffix exist only at i
 
 from __future__ import annotations
 
+import operator
 import re
 
 KIB = 1 << 10
@@ -59,3 +60,11 @@ def align_down(value: int, unit: int) -> int:
 def align_up(value: int, unit: int) -> int:
     """The smallest multiple of `unit` that is not below `value`."""
     return -(-value // unit) * unit
+
+
+def checked_offset(offset: int) -> int:
+    """`offset` as a plain int. TypeError for what is no whole number, ValueError for what is negative."""
+    offset = operator.index(offset)
+    if offset < 0:
+        raise ValueError(f"the offset is {offset}; it cannot be negative")
+    return offset

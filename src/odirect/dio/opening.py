@@ -1,4 +1,4 @@
-"""Opening a plain file or block device twice: past the page cache, and through it for the rest."""
+"""The modes of `open`; and opening a plain file or block device twice: past the page cache, and through it for the rest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import stat
+from typing import NamedTuple
 
 from odirect.base.errors import DirectoryError, NotDirectError, ODirectError, UnsupportedError, from_errno
 from odirect.block.bio import READ, WRITE
@@ -18,18 +19,42 @@ from odirect.dio.plainfile import FileState
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-_MODES = {
-    "r": os.O_RDONLY,
-    "r+": os.O_RDWR,
-    "w": os.O_WRONLY | os.O_CREAT,
-    "w+": os.O_RDWR | os.O_CREAT,
-    "x": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-    "x+": os.O_RDWR | os.O_CREAT | os.O_EXCL,
-    "a": os.O_WRONLY | os.O_CREAT,
-    "a+": os.O_RDWR | os.O_CREAT,
-}
+_MODES = ("r", "r+", "w", "w+", "x", "x+", "a", "a+")
 
 _NOT_A_FILE = "not a regular file or block device; direct I/O has no meaning here"
+
+
+class OpenMode(NamedTuple):
+    """What a file is opened for, taken from one of the modes of `open`. shown: the mode, with its "b"."""
+
+    shown: str
+    readable: bool
+    writable: bool
+    create: bool
+    exclusive: bool
+    truncate: bool
+    appends: bool
+
+    def check_usable(self, op: int) -> None:
+        """Raise io.UnsupportedOperation (an OSError and ValueError) if it was not opened for `op`."""
+        if not (self.readable if op == READ else self.writable):
+            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+
+
+def parse_mode(mode: str) -> OpenMode:
+    """The `OpenMode` of "r", "r+", "w", "w+", "x", "x+", "a" or "a+", "b" or not. ValueError for any other."""
+    plain = mode.replace("b", "", 1)
+    if plain not in _MODES:
+        raise ValueError(f"mode {mode!r}: use one of {', '.join(_MODES)}, with or without b; text is not for here")
+    return OpenMode(
+        shown=plain[0] + "b" + plain[1:],
+        readable=plain == "r" or "+" in plain,
+        writable=plain != "r",
+        create=plain[0] != "r",
+        exclusive=plain[0] == "x",
+        truncate=plain[0] == "w",
+        appends=plain[0] == "a",
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -43,15 +68,7 @@ class Opened:
     direct_fd: int
     cached_fd: int
     state: FileState
-    readable: bool
-    writable: bool
-    appends: bool
-    mode: str
-
-    def check_usable(self, op: int) -> None:
-        """Raise io.UnsupportedOperation (an OSError and ValueError) if it was not opened for `op`."""
-        if not (self.readable if op == READ else self.writable):
-            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
+    mode: OpenMode
 
     def close(self) -> None:
         """Close the descriptors. Twice is harmless."""
@@ -75,8 +92,8 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     mode that is none, UnsupportedError for a pipe, terminal or socket, DirectoryError, and the
     kernel's answers as PathErrors.
     """
-    plain = _plain_mode(mode)
-    flags = _MODES[plain] | os.O_CLOEXEC | os.O_NOCTTY
+    parsed = parse_mode(mode)
+    flags = _open_flags(parsed) | os.O_CLOEXEC | os.O_NOCTTY
     shown = os.fspath(path)
     try:
         cached_fd = _open_unblocked(path, flags)
@@ -84,17 +101,9 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
         if error.errno == errno.ENXIO and not _is_block_device(path):
             raise UnsupportedError(_NOT_A_FILE, path=shown) from error  # a pipe that nobody reads, a socket
         raise from_errno(error.errno or errno.EIO, "opening", shown) from error
-    opened = Opened(
-        -1,
-        cached_fd,
-        FileState(limits=Limits(), path=shown, is_block=False),
-        readable=plain == "r" or "+" in plain,
-        writable=plain != "r",
-        appends=plain[0] == "a",
-        mode=plain[0] + "b" + plain[1:],
-    )
+    opened = Opened(-1, cached_fd, FileState(limits=Limits(), path=shown, is_block=False), parsed)
     try:
-        _finish_opening(opened, flags, plain, strict=strict, overwrite_in_use=overwrite_in_use)
+        _finish_opening(opened, flags, strict=strict, overwrite_in_use=overwrite_in_use)
     except ODirectError:
         opened.close()
         raise
@@ -107,7 +116,7 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     return opened
 
 
-def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, overwrite_in_use: bool) -> None:
+def _finish_opening(opened: Opened, flags: int, *, strict: bool, overwrite_in_use: bool) -> None:
     state = opened.state
     status = os.fstat(opened.cached_fd)
     if stat.S_ISDIR(status.st_mode):
@@ -115,7 +124,7 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
     state.is_block = stat.S_ISBLK(status.st_mode)
     if not state.is_block and not stat.S_ISREG(status.st_mode):
         raise UnsupportedError(_NOT_A_FILE, path=state.path)
-    if opened.writable and not overwrite_in_use:
+    if opened.mode.writable and not overwrite_in_use:
         check_unused(opened.cached_fd, what="write to")
     again = flags & ~(os.O_CREAT | os.O_EXCL) | os.O_DIRECT
     refusal = ""
@@ -127,7 +136,7 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.ENOENT):
             raise
     fd = opened.direct_fd if opened.direct_fd >= 0 else opened.cached_fd
-    state.limits, support = file_limits(fd, path=state.path, writable=opened.writable)
+    state.limits, support = file_limits(fd, path=state.path, writable=opened.mode.writable)
     if opened.direct_fd < 0:
         if strict:
             raise NotDirectError(f"O_DIRECT is refused at open: {refusal}", path=state.path)
@@ -140,7 +149,7 @@ def _finish_opening(opened: Opened, flags: int, plain: str, *, strict: bool, ove
         if strict:
             # What the cache would serve is refused, then, on the short ways too.
             state.refused = dict(state.cached)
-    if plain[0] == "w" and not state.is_block:
+    if opened.mode.truncate and not state.is_block:
         os.ftruncate(opened.cached_fd, 0)
 
 
@@ -151,11 +160,11 @@ def _is_block_device(path: Path) -> bool:
         return False
 
 
-def _plain_mode(mode: str) -> str:
-    plain = mode.replace("b", "", 1)
-    if plain not in _MODES:
-        raise ValueError(f"mode {mode!r}: use one of {', '.join(_MODES)}, with or without b; text is not for here")
-    return plain
+def _open_flags(mode: OpenMode) -> int:
+    access = os.O_RDONLY
+    if mode.writable:
+        access = os.O_RDWR if mode.readable else os.O_WRONLY
+    return access | (os.O_CREAT if mode.create else 0) | (os.O_EXCL if mode.exclusive else 0)
 
 
 def _open_unblocked(path: Path, flags: int) -> int:

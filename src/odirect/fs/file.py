@@ -99,6 +99,10 @@ class FileNode(ABC):
         self.overwriting = Count()
         self.handles = 0
         self._size = size_bytes
+        #: The block of the end, if it is known to be zero on the device behind it; else -1.
+        self._clear_block = -1
+        #: Whether a truncate failed before it had freed all that is past the end.
+        self.cut_short = False
         self.pages = FilePages(home.page_cache, self)
 
     # What the engine and the page cache ask.
@@ -152,6 +156,9 @@ class FileNode(ABC):
         if done < length:
             # The mapper allocates whatever is missing, so only what cannot be there stops it.
             raise NoSpaceError(f"writing back {length} bytes at {offset}: only {done} could be ({request.fallback})")
+        last = align_down(self._size, self.block_bytes)
+        if offset <= last < offset + length:
+            self._clear_block = last
 
     # What a file system adds.
 
@@ -298,8 +305,10 @@ class FileNode(ABC):
             self.touch()
             if size >= self._size:
                 if size > self._size:
+                    await self._finish_cut()
                     await self._clear_tail()
                     self._size = size
+                    self._clear_block = -1
                 await self.resize(size)
                 return
             if size % self.block_bytes:
@@ -309,8 +318,9 @@ class FileNode(ABC):
             await self._still(size, self._size - size)
             self.pages.truncate(size)
             self._size = size
-            with await self.allocating.hold():
-                await self.resize(size)
+            self._clear_block = -1
+            self.cut_short = True
+            await self._finish_cut()
 
     async def punch(self, offset: int, length: int) -> None:
         """Make a hole of whole blocks, and zeroes where it begins or ends within one."""
@@ -430,6 +440,8 @@ class FileNode(ABC):
         if access == "strict" and not aligned:
             raise _misaligned("writing", offset, length, unit, self.limits.memory_align)
         self.touch()
+        if offset + length > self._size:
+            await self._finish_cut()
         if offset > self._size:
             await self._clear_tail()
         if access == "buffered":
@@ -572,6 +584,8 @@ class FileNode(ABC):
     async def _cached_write(self, offset: int, segments: Sequence[memoryview], length: int) -> int:
         """Into the page cache; the size follows. Short if only a part has room."""
         await self.overwriting.zero()
+        if offset + length > self._size:
+            await self._clear_tail()
         done = 0
         while done < length:
             piece = min(length - done, _CACHED_PIECE)
@@ -609,18 +623,24 @@ class FileNode(ABC):
     async def is_hole(self, offset: int) -> bool:
         """Whether the block that byte `offset` is in has no place."""
 
+    async def _finish_cut(self) -> None:
+        """Free what a truncate has left past the end, before the file may grow over it again (F11)."""
+        if self.cut_short:
+            with await self.allocating.hold():
+                await self.resize(self._size)
+            self.cut_short = False
+
     async def _clear_tail(self) -> None:
         """Zero what lies behind the end in its block, on the device, before the file grows over it (F11)."""
         tail = self._size % self.block_bytes
-        if not tail:
+        start = self._size - tail
+        if not tail or start == self._clear_block:
             return
-        start = align_down(self._size, self.block_bytes)
-        if not self.pages.is_cached(start, self.block_bytes) and await self.is_hole(start):
-            return
-        size = self._size
-        await self.overwriting.zero()
-        await self.pages.zero(size, self.block_bytes - tail)
-        await self.pages.write_back(start, self.block_bytes)
+        if not await self.is_hole(start):
+            await self.overwriting.zero()
+            await self.pages.zero(self._size, self.block_bytes - tail)
+            await self.pages.write_back(start, self.block_bytes)
+        self._clear_block = start
 
     async def _drop(self, offset: int, length: int) -> bool:
         """Write back and drop the pages of a range that is about to be written direct (F20)."""

@@ -116,21 +116,21 @@ class NodeRequests:
     def start_now(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
         """See `Starter`."""
         with self._guard:
-            return self.begin(op, offset, buffer, tag)
+            return self.begin(op, offset, buffer, tag) if self._file.may(op) else None
 
     def may_begin(self, op: int) -> bool:
         """Whether any request of this operation can be one bio."""
         return self._may[op]
 
     def begin(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
-        """`start_now` under the guard, or where there is none."""
+        """`start_now` for a caller who has the guard, or needs none, and knows that the handle is open."""
         if not self._may[op] or trace.active is not None:
             return None  # What is traced goes the general way, which tells what it does.
         node = self._node
         simple = self._simple
         simple.size_hint = node.size_bytes
         length = simple.fits(op, buffer, offset)
-        if length <= 0 or not self._file.may(op):
+        if length <= 0 or (op == WRITE and not self._file.may(op)):
             return None
         addr = node.place(op, offset, length)
         if addr < 0:

@@ -12,7 +12,7 @@ import errno
 import stat
 from typing import NamedTuple
 
-from odirect.base.errors import ExistsError, MissingError, NotDirectoryError, UnsupportedError
+from odirect.base.errors import CorruptionError, ExistsError, MissingError, NotDirectoryError, UnsupportedError
 from odirect.fs.base import Access, Attributes, DirEntry, FileKind, FileSystem, VolumeFile
 from odirect.fs.paths import Spot, checked_name, failure, look_at, present, resolve, walk
 
@@ -202,14 +202,22 @@ async def remove_tree(file_system: FileSystem, path: bytes) -> None:
         raise failure(errno.ENOTDIR, "removing a tree")
     # By inode numbers, so that no depth is too deep for a path.
     stack = [(spot.directory, spot.name, top.inode, await file_system.entries(top.inode))]
+    within = {top.inode}
     while stack:
         directory, name, inode, entries = stack[-1]
         if not entries:
             stack.pop()
+            within.discard(inode)
             await file_system.rmdir(directory, name)
             continue
         entry = entries.pop()
         if await kind_of_entry(file_system, entry) is FileKind.DIRECTORY:
+            if entry.inode in within:
+                raise CorruptionError(
+                    f"directory {entry.inode} is in itself, as {entry.name!r} in directory {inode}",
+                    path=file_system.name,
+                )
+            within.add(entry.inode)
             stack.append((inode, entry.name, entry.inode, await file_system.entries(entry.inode)))
         else:
             await file_system.unlink(inode, entry.name)

@@ -287,7 +287,12 @@ class Fsx:
         self.run(volume.close())
 
     def judge(self) -> None:
-        """What e2fsck, a reader of our own, and the volume opened again say."""
+        """What e2fsck, a reader of our own, and the volume opened again say, after a last cut within a block."""
+        if self.model.size:
+            size = self.random.randrange(self.model.size)
+            self.log.append(f"truncate {size}")
+            self.run(self.handles[0].truncate(size))
+            self.model.truncate(size)
         self.close()
         image = bytes(self.device.data)
         self.fsck.image.write_bytes(image)

@@ -5,6 +5,7 @@ Nothing here needs root: the volumes are made by mke2fs, debugfs and e2fsck.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import random
@@ -448,7 +449,9 @@ def _content(volume: Volume, path: bytes, size: int) -> tuple[str, int]:
 def unaffected(seed: Seed, made: Damaged) -> Iterator[bytes]:
     """The paths whose bytes, and those of all that lead to them, are as they were."""
     for path, spans in seed.spans.items():
-        if not any(span.start < changed.stop and changed.start < span.stop for span in spans for changed in made.changed):
+        if not any(
+            span.start < changed.stop and changed.start < span.stop for span in spans for changed in made.changed
+        ):
             yield path
 
 
@@ -464,13 +467,15 @@ def scribble(volume: Volume, paths: list[bytes], dice: random.Random, steps: int
         new = dice.choice(directories) + b"/new-%d" % number
         data = dice.randbytes(dice.choice((1, 100, 1024, 5000, 20_000)))
         verb = dice.choice(_VERBS)
-        result = attempt(lambda verb=verb, path=path, new=new, data=data: verb(volume, path, new, data, dice))
+        result = attempt(functools.partial(verb, volume, path, new, data, dice))
         if verb is _create and not isinstance(result, _Error):
             written[new] = data
         if verb is not _create:
             # It may have moved it, or a directory above it, or removed or changed it.
             gone = {path, new, *((b"/d/e", b"/many") if verb is _rmtree else ())}
-            written = {one: held for one, held in written.items() if not any((one + b"/").startswith(at + b"/") for at in gone)}
+            written = {
+                one: held for one, held in written.items() if not any((one + b"/").startswith(at + b"/") for at in gone)
+            }
     attempt(volume.sync)
     return written
 

@@ -27,7 +27,7 @@ from tests.fs.ext2.crash_model import CANARY, with_canary
 from tests.fs.ext2.raw_image import RawImage
 from tests.fs.ext2.writing_kit import device_of, fresh_image
 
-from odirect.base.errors import ODirectError
+from odirect.base.errors import NoSpaceError, ODirectError
 from odirect.block.bio import READ, WRITE, Bio
 from odirect.block.buffers import empty
 from odirect.block.device import BlockDevice, Limits
@@ -64,6 +64,17 @@ class Do(NamedTuple):
     @property
     def changes(self) -> bool:
         return self.verb not in ("read", "submit read", "batch read", "sync")
+
+    def parts(self) -> set[Do]:
+        """What may have happened of it when it failed: a write ends at its head or body, whatever the block size."""
+        found = {self}
+        if self.verb.endswith("write") and self.offset >= 0:
+            end = self.offset + self.length
+            for unit in (1024, 2048, 4096):
+                for cut in (-(-self.offset // unit) * unit, end // unit * unit):
+                    if self.offset < cut < end:
+                        found.add(self._replace(length=cut - self.offset))
+        return found
 
     def apply(self, content: bytes) -> bytes:
         """The file after it."""
@@ -156,7 +167,8 @@ async def _open(device: BlockDevice, scheduler: Scheduler) -> Ext2:
 class Setting:
     """A volume and its one file, opened, in a simulation.
 
-    cold: nothing of the file's tree is cached. faults: of every bio from now until the judgement.
+    cold: nothing of the file's tree is cached. full: no block is free. faults: of every bio until the
+    judgement.
     """
 
     def __init__(
@@ -170,6 +182,8 @@ class Setting:
         over: Callable[[BlockDevice], BlockDevice] | None = None,
         cold: bool = False,
         handles: int = 1,
+        full: bool = False,
+        latencies_ns: Sequence[int] | None = None,
     ) -> None:
         for start, length in holes:
             content = content[:start] + bytes(min(length, len(content) - start)) + content[start + length :]
@@ -189,7 +203,9 @@ class Setting:
         self.node: FileNode = self.handles[0].node
         if not cold:
             self.quietly(self.handles[0].extents(0, 1 << 20))
-        device: BlockDevice = sim.device(store=self.memory, faults=faults, add=False)
+        if full:
+            self.quietly(self._fill())
+        device: BlockDevice = sim.device(store=self.memory, faults=faults, latencies_ns=latencies_ns, add=False)
         if over is not None:
             device = over(device)
         sim.scheduler.add_device(device)
@@ -198,6 +214,21 @@ class Setting:
     def quietly(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What it returns, done at once, on a device that never fails."""
         return drive(coroutine, self.memory)
+
+    async def _fill(self) -> None:
+        """Leave no block free: what is allocated next was freed before."""
+        number = await self.volume.create(2, b"filler", 0o100644)
+        filler = await self.volume.open_file(number, writable=True)
+        try:
+            for blocks in (self.volume.available_blocks() - 8, *[1] * 9):
+                await filler.write(None, [memoryview(bytes(self.volume.block_bytes * blocks))])
+        except NoSpaceError:
+            await filler.close()
+        for inode in (2, 11, number):
+            if self.volume.available_blocks():
+                await self.volume.set_xattr(inode, b"user.x", b"x")
+        await self.volume.sync()
+        assert not self.volume.available_blocks()
 
     # What happens.
 
@@ -435,7 +466,7 @@ def _key(changes: list[Happened]) -> _Key:
 def _states(content: bytes, changes: _Key) -> tuple[tuple[frozenset[int], bytes], ...]:
     """(changes that have happened, what the file is then), for every order that what was seen allows.
 
-    A change that failed happens, or does not.
+    A change that failed happens, or does not, or a part of it does.
     """
     found = {(frozenset[int](), content)}
     waiting = list(found)
@@ -444,7 +475,7 @@ def _states(content: bytes, changes: _Key) -> tuple[tuple[frozenset[int], bytes]
         for number, (what, before, failed) in enumerate(changes):
             if number in done or not before <= done:
                 continue
-            for after in {what.apply(now), now} if failed else {what.apply(now)}:
+            for after in {now, *(part.apply(now) for part in what.parts())} if failed else {what.apply(now)}:
                 state = (done | {number}, after)
                 if state not in found:
                     found.add(state)

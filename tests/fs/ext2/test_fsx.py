@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.fs.ext2.crash_kit import Fsck
-from tests.fs.ext2.fsx import SHAPES, Shape, run_one
+from tests.fs.ext2.fsx import SHAPES, Fsx, Shape, run_one
 from tests.loops import mounted, needs_root
 
 
@@ -30,6 +30,17 @@ def test_many_random_operations(shape: Shape, fsck: Fsck) -> None:
     """The same for longer."""
     for seed in range(100, 102):
         run_one(seed, 1000, shape, fsck)
+
+
+def test_a_punch_from_a_hole_into_a_block(fsck: Fsck) -> None:
+    """F13: it begins in a hole and ends in a block that is none; with no whole block between them."""
+    run = Fsx(0, Shape(1024), fsck)
+    file = run.handles[0]
+    run.run(file.write(1024, [memoryview(b"x" * 1024)]))
+    run.model.pwrite(b"x" * 1024, 1024)
+    run.run(file.punch(500, 1000))
+    run.model.punch(500, 1000)
+    run.judge()
 
 
 @pytest.mark.parametrize("block_bytes", [1024, 2048, 4096])

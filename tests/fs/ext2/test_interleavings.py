@@ -175,6 +175,26 @@ def test_punch_beside_everything(fsck: Fsck, place: tuple[int, int]) -> None:
         every_order(fsck, [(Do("punch", *place),), (other,)], OLD * 3000, exact=False, most=6)
 
 
+@pytest.mark.parametrize("change", [Do("punch", 1024, 7168), Do("truncate", 0, 1024)])
+@pytest.mark.parametrize(
+    "other", [Do("submit write", 1024, 2048, 1), Do("read", 1024, 2048), Do("write", 1024, 2048, 1)]
+)
+def test_freed_blocks_are_not_another_write_s_too_soon(fsck: Fsck, change: Do, other: Do) -> None:
+    """G06: with no other block free, a block that was freed is soon somebody else's; nothing in flight may reach it."""
+
+    def scenario(sim: Simulation) -> Coroutine[Any, Any, None]:
+        setting = Setting(sim, OLD * 8192, full=True, latencies_ns=(1_000, 1_000, 50_000_000))
+
+        async def main() -> None:
+            again = (change, Do("sync"), Do("write", 10240, 512, 2), Do("read", 10240, 512))
+            await setting.together(setting.actor(other), setting.actor(*again))
+            setting.judge(fsck)
+
+        return main()
+
+    run_seeds(range(12), scenario)
+
+
 # --- everything at once --------------------------------------------------------------------------
 
 

@@ -37,8 +37,9 @@ T = TypeVar("T")
 
 _SECOND = 1_000_000_000
 _MOST_SECONDS = (1 << 32) - 1
-#: A change that asks for more commits than this one after another will never be content.
-_MOST_COMMITS = 4
+#: A change that asks for more commits than this one after another will never be content. Many names at once
+#: may need one for each block of a directory that was made elsewhere.
+_MOST_COMMITS = 300
 
 
 class Volume(Protocol):

@@ -138,6 +138,15 @@ class Ext2Node(FileNode):
         except BlockMiss:
             return False
 
+    def place(self, op: int, offset: int, length: int) -> int:
+        """See `FileNode`."""
+        blocks = self._blocks
+        if blocks is not None and self.lock.idle and not self.pages.is_cached(offset, length):
+            addr = blocks.place(offset, length)
+            if addr >= 0:
+                return addr
+        return super().place(op, offset, length)
+
     def known_place(self, offset: int, length: int) -> int:
         """See `FileNode`."""
         blocks = self._blocks
@@ -218,7 +227,7 @@ class Ext2Node(FileNode):
         meta, volume = self.meta, self.volume
         first = align_up(size, self.block_bytes) // self.block_bytes
 
-        shrinks = size < meta.size
+        shrinks = size < meta.size or self.cut_short
 
         def change() -> bool:
             meta.remember(volume.cache)
@@ -239,6 +248,8 @@ class Ext2Node(FileNode):
             meta.remember(volume.cache)
             more = grow.punch(volume, meta, offset // self.block_bytes, length // self.block_bytes)
             volume.store(meta)
+            # What is being read from these blocks may soon be another file's.
+            self.pages.invalidate(offset, length)
             return more
 
         while await volume.change(change):

@@ -53,10 +53,9 @@ from odirect.fs.base import (
     kind_of,
 )
 from odirect.fs.ext2 import bulk, bulk_create, directory, entries, format, grow, xattr
-from odirect.fs.ext2.allocate import Allocator
+from odirect.fs.ext2.allocate import Allocator, NeedsCommit
 from odirect.fs.ext2.blockmap import BlockMap
 from odirect.fs.ext2.commit import Committer
-from odirect.fs.ext2.entries import NeedsCommit
 from odirect.fs.ext2.geometry import Geometry, read_geometry
 from odirect.fs.ext2.inode import Ext2Inode
 from odirect.fs.ext2.node import Ext2Node
@@ -71,9 +70,6 @@ _MOST_INODES = 4096
 _DIRTY_BYTES = 32 << 20
 # How many new links are remembered before those that are on the disk are forgotten.
 _MOST_LINKED = 1024
-# A change that still asks for a commit after so many of them lacks room. Many names at once may need one for
-# each block of a directory that was made elsewhere.
-_MOST_COMMITS = 300
 _TIME_MOST = 0xFFFFFFFF
 # Directories of more blocks get an index of their names in memory; so many have one at once.
 _INDEXED_BLOCKS = 4
@@ -227,21 +223,12 @@ class Ext2(FileSystem):
 
     async def change(self, fn: Callable[[], T]) -> T:
         """What `fn` returns; it happens as a whole or not at all. Commits where `fn` asks for that."""
-        commits = 0
-        while True:
-            self.check_writable()
-            self._forget_some()
-            try:
-                result = await self.cache.load(fn)
-            except NeedsCommit as need:
-                commits += 1
-                if commits > _MOST_COMMITS:
-                    raise NoSpaceError(f"no space is left on the volume: {need}", path=self.name) from None
-                await self.commit()
-                continue
-            if self.cache.dirty_blocks * self.block_bytes > _DIRTY_BYTES:
-                await self.commit()
-            return result
+        self.check_writable()
+        self._forget_some()
+        result = await self.committer.perform(fn)
+        if self.cache.dirty_blocks * self.block_bytes > _DIRTY_BYTES:
+            await self.commit()
+        return result
 
     async def commit(self, *, times: bool = True) -> None:
         """Make durable what is on the device and all metadata as it is now."""
@@ -498,6 +485,9 @@ class Ext2(FileSystem):
             found.remember(self.cache)
             if mode is not None:
                 found.mode = stat.S_IFMT(found.mode) | stat.S_IMODE(mode)
+            elif (uid is not None or gid is not None) and not found.is_dir:
+                # Who gets a file does not get the right to run it as somebody else (as the kernel has it).
+                found.mode &= ~(stat.S_ISUID | (stat.S_ISGID if found.mode & stat.S_IXGRP else 0))
             if uid is not None:
                 found.uid = uid
             if gid is not None:
