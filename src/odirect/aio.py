@@ -15,20 +15,19 @@ has come back. `close` waits for all of them. `open_volume` is in `aio_volume`.
 from __future__ import annotations
 
 import asyncio
-import operator
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
-from types import TracebackType
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from odirect.aio_opening import Opening
+from odirect.aio_raw_file import InFlight, LoopFile
 from odirect.aio_volume import Volume, open_volume
 from odirect.aio_volume_file import FileInVolume
 from odirect.base.errors import ClosedError, ODirectError
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO, Bio
-from odirect.block.buffers import BufferPool, as_bytes_view, empty
+from odirect.block.buffers import BufferPool
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes
@@ -36,15 +35,13 @@ from odirect.block.limits import file_limits
 from odirect.block.queue import RingQueue
 from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS
 from odirect.dio.opening import Opened, Path, open_file
-from odirect.dio.outcome import Outcome, Tallies, Tally
 from odirect.dio.plainfile import PlainFile
-from odirect.dio.requests import Request, Requests
-from odirect.files import Access, Buffer, change_space, expected_outcome, truncate_file
+from odirect.dio.requests import Requests
+from odirect.files import Access, change_space, expected_outcome, truncate_file
+from odirect.raw_file import Buffer
 from odirect.ring.choose import open_ring
 from odirect.sched.drive_asyncio import AsyncioDriver
-from odirect.sched.locks import Count
 from odirect.sched.scheduler import Scheduler
-from odirect.sched.traps import Event, shielded
 
 __all__ = ["File", "FileInVolume", "Volume", "open", "open_volume"]
 
@@ -140,7 +137,7 @@ def _close_opened(opening: asyncio.Future[Opened]) -> None:
         opening.result().close()
 
 
-class File:
+class File(LoopFile):
     """An open plain file or block device of one event loop. Every transfer names its offset."""
 
     def __init__(self, opened: Opened, access: Access, flags: int, loop: asyncio.AbstractEventLoop) -> None:
@@ -149,11 +146,10 @@ class File:
         self._flags = flags
         self._loop = loop
         self.access: Access = access
-        self.mode = opened.mode
+        self.mode = opened.mode.shown
         self.name = cast(str, opened.state.path)
-        self._tallies = Tallies()
-        self._busy = Count()
-        self._closing: Event | None = None
+        self._mode = opened.mode
+        self._in_flight = InFlight(self, self.name)
         self._pump = pump = _pump_of(loop)
         pump.files += 1
         self._device = None
@@ -168,7 +164,7 @@ class File:
             strict=access == "strict",
             ask_again=self._ask_again,
         )
-        self._requests = Requests(
+        self._requests = self._in_flight.requests = Requests(
             self._state,
             self._device,
             self._plain,
@@ -176,9 +172,9 @@ class File:
             opened.cached_fd,
             flags,
             (expected_outcome(self._state, READ, flags), expected_outcome(self._state, WRITE, flags)),
-            self._done,
+            self._in_flight.done,
         )
-        self._may = [opened.readable, opened.writable]
+        self._may = [opened.mode.readable, opened.mode.writable]
         self.closed = False
 
     def fileno(self) -> int:
@@ -197,57 +193,16 @@ class File:
         """Every alignment and limit as it is known by now, each with its source."""
         return self._state.limits
 
-    @property
-    def last_outcome(self) -> Outcome | None:
-        """How the request that finished last went; None before the first."""
-        return self._tallies.last
-
-    @property
-    def totals(self) -> dict[Outcome, Tally]:
-        """Operations and bytes for each outcome that there was."""
-        return self._tallies.totals()
-
-    def preadinto(self, buffer: Buffer, offset: int) -> asyncio.Future[int]:
-        """Read into `buffer` from byte `offset`; await it for the number of bytes. As `odirect.File.preadinto`.
-
-        The transfer is started by the call, and handed over at the end of this turn of the loop.
-        """
-        return self._start(READ, offset, buffer)
-
-    async def pread(self, length: int, offset: int) -> bytes:
-        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
-        if length < 0:
-            raise ValueError(f"cannot read {length} bytes")
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        buffer = empty(max(0, min(length, self.size - offset)))
-        return bytes(buffer[: await self._start(READ, offset, buffer)])
-
-    def pwrite(self, buffer: Buffer, offset: int) -> asyncio.Future[int]:
-        """Write `buffer` at byte `offset`; await it for the number of bytes. As `odirect.File.pwrite`.
-
-        The transfer is started by the call, and handed over at the end of this turn of the loop.
-        """
-        return self._start(WRITE, offset, buffer)
-
-    async def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Read into the buffers in turn from byte `offset`; the number of bytes."""
-        return await self._vector(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
-
-    async def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Write the buffers in turn at byte `offset`; the number of bytes."""
-        return await self._vector(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
-
     async def truncate(self, size: int) -> int:
         """Make the file `size` bytes long; the new size."""
-        self._check_writable()
+        self._check_usable(WRITE)
         return await self._in_thread(lambda: truncate_file(self._opened, size))
 
     async def fallocate(
         self, offset: int, length: int, *, punch: bool = False, zero: bool = False, keep_size: bool = False
     ) -> None:
         """Reserve, punch or zero a range. As `odirect.File.fallocate`."""
-        self._check_writable()
+        self._check_usable(WRITE)
         if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
             await self._run(self._plain.change_range(DISCARD if punch else ZERO, offset, length))
             return
@@ -271,21 +226,13 @@ class File:
         if self._loop.is_closed():
             self._release()  # There is nobody to wait for any more but the device, as the ring does.
             return
-        idle = asyncio.ensure_future(self._pump.driver.run(self._idle()))
+        idle = asyncio.ensure_future(self._pump.driver.run(self._in_flight.end()))
         try:
             await asyncio.shield(idle)
         except asyncio.CancelledError:
             idle.add_done_callback(lambda _: self._release())
             raise
         self._release()
-
-    async def __aenter__(self) -> File:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def __del__(self) -> None:
         if getattr(self, "closed", True):
@@ -294,13 +241,6 @@ class File:
         # It could not be thrown away if anything were in flight. The descriptors go with `Opened`.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._release)
-
-    async def _idle(self) -> None:
-        """Wait until no request is pending and no other call is under way."""
-        await self._busy.zero()
-        if self._requests.pending:
-            self._closing = Event()
-            await shielded(self._closing)
 
     def _release(self) -> None:
         pump = self._pump
@@ -324,39 +264,18 @@ class File:
         self._pump.driver.kick()
         return future
 
-    def _done(self, request: Request) -> None:
-        future = cast("asyncio.Future[int]", request.tag)
-        outcome = request.outcome
-        if outcome is not None:
-            self._tallies.add(outcome, request.transferred)
-            if not future.done():
-                future.set_result(request.transferred)
-        elif not future.done() and not self._loop.is_closed():
-            error = request.exception
-            if isinstance(error, Exception):
-                future.set_exception(error)
-            else:
-                future.cancel()
-        if self._closing is not None and not self._requests.pending:
-            self._closing.fire()
-
-    async def _vector(self, op: int, segments: list[memoryview], offset: int) -> int:
-        self._check_usable(op)
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        segments = [segment for segment in segments if len(segment)]
+    async def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
         length = sum(map(len, segments))
         if op == READ:
             moved = await self._run(self._plain.read(offset, segments, length, self._flags & ~(FUA | ATOMIC)))
         else:
             moved = await self._run(self._plain.write(offset, segments, length, self._flags))
-        self._tallies.add(moved.outcome, moved.transferred)
+        self._in_flight.tallies.add(moved.outcome, moved.transferred)
         return moved.transferred
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         """What `call` returns, in a thread. `close` waits for the thread even if the caller is cancelled."""
-        self._busy.up()
+        self._in_flight.busy.up()
         work = self._loop.run_in_executor(None, call)
         work.add_done_callback(self._thread_ended)
         return await asyncio.shield(work)
@@ -365,7 +284,7 @@ class File:
         if not work.cancelled():
             work.exception()  # It has been told to the caller, or nobody asks.
         self._requests.resized(file_bytes(self._opened.cached_fd))
-        self._busy.down()
+        self._in_flight.busy.down()
         self._pump.driver.kick()
 
     async def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -377,22 +296,15 @@ class File:
             raise
 
     async def _counted(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        self._busy.up()
+        self._in_flight.busy.up()
         try:
             return await coroutine
         finally:
-            self._busy.down()
+            self._in_flight.busy.down()
 
     def _ask_again(self) -> Limits:
-        return file_limits(self.fileno(), path=self.name, writable=self._opened.writable)[0]
+        return file_limits(self.fileno(), path=self.name, writable=self._opened.mode.writable)[0]
 
     def _check_open(self) -> None:
         if self.closed:
             raise ClosedError("the file is closed", path=self.name)
-
-    def _check_usable(self, op: int) -> None:
-        self._check_open()
-        self._opened.check_usable(op)
-
-    def _check_writable(self) -> None:
-        self._check_usable(WRITE)

@@ -42,14 +42,13 @@ from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view, empty
 from odirect.block.device import BlockDevice, Limits
 from odirect.dio.mapping import Extent
-from odirect.dio.opening import Path
+from odirect.dio.opening import Path, parse_mode
 from odirect.fs import tree
 from odirect.fs.base import ACCESSES, Access, Attributes, FileKind, FileSystem, Finding, VolumeFile
 from odirect.fs.paths import path_bytes, resolve
 from odirect.fs.tree import ROOT, Owner
 from odirect.sched.clock import wall_ns
 from odirect.volume_entries import stat_result, statvfs_result
-from odirect.volume_file import parse_mode
 from odirect.volume_opening import Image, LockedImage, lock_image
 from odirect.volume_runner import named
 

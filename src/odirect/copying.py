@@ -620,7 +620,7 @@ class _Line:
             direct,
             cached,
             self._edges,
-            ask_again=lambda: file_limits(fd, path=opened.state.path, writable=opened.writable)[0],
+            ask_again=lambda: file_limits(fd, path=opened.state.path, writable=opened.mode.writable)[0],
         )
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -7,18 +7,17 @@ A request that the kernel can take as it is costs one system call (B02). Any oth
 from __future__ import annotations
 
 import errno
-import io
 import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from odirect.base import trace
-from odirect.base.errors import ClosedError, DeviceError, ODirectError, UnsupportedError, WouldBlockError, from_errno
+from odirect.base.errors import DeviceError, ODirectError, UnsupportedError, from_errno
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
-from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.buffers import as_bytes_view
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes
@@ -27,11 +26,12 @@ from odirect.dio import batch
 from odirect.dio.bounce import Moved
 from odirect.dio.here import Here, forget, here
 from odirect.dio.opening import Opened, Path, open_file
-from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
+from odirect.dio.outcome import Kind, Outcome, Promise, Reason
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
 from odirect.dio.requests import Request
 from odirect.dio.submission import Submission, file_submission
 from odirect.dio.write_order import Crowd, WriteGate
+from odirect.raw_file import Buffer, RawFile
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
 
@@ -41,11 +41,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Access = Literal["auto", "strict"]
-Buffer = object  # anything with the buffer protocol
 
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
-#: Transfers in flight that a batch keeps unless told otherwise.
-BATCH_DEPTH = 64
 
 
 def open(
@@ -124,7 +121,7 @@ def change_space(opened: Opened, offset: int, length: int, *, punch: bool, zero:
         raise from_errno(-answer, f"fallocate of {length} bytes at {offset}", opened.state.path)
 
 
-class File(io.RawIOBase):
+class File(RawFile):
     """An open plain file or block device; works wherever a raw binary file does.
 
     Transfers at a given offset (`pread`, `pwrite`, ...) may be made from several threads at once;
@@ -133,13 +130,11 @@ class File(io.RawIOBase):
     """
 
     def __init__(self, opened: Opened, access: Access, flags: int) -> None:
-        super().__init__()
+        super().__init__(cast("str | bytes", opened.state.path), opened.mode)
         self._opened = opened
         self._state = opened.state
         self._flags = flags
         self.access: Access = access
-        self.mode = opened.mode
-        self.name = opened.state.path
         self._rwf = (
             (RWF_NOWAIT if flags & NOWAIT else 0)
             | (RWF_HIPRI if flags & HIPRI else 0)
@@ -153,15 +148,12 @@ class File(io.RawIOBase):
         if READ in self._state.refused:
             self._simple.fd = -1
         self._simple_limits = limits
-        self._position = 0
-        self._submission: Submission | None = None
         self._forget_threads()
-        self._tallies = Tallies()
         self._local = threading.local()
         self._find_size()
         self._read_outcome = expected_outcome(self._state, READ, flags)
         self._write_outcome = expected_outcome(self._state, WRITE, flags)
-        if opened.appends:
+        if opened.mode.appends:
             self._position = self._simple.size_hint
         _files.add(self)
 
@@ -171,21 +163,6 @@ class File(io.RawIOBase):
         """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
         self._check_open()
         return self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
-
-    def readable(self) -> bool:
-        """Whether it was opened for reading."""
-        self._check_open()
-        return self._opened.readable
-
-    def writable(self) -> bool:
-        """Whether it was opened for writing."""
-        self._check_open()
-        return self._opened.writable
-
-    def seekable(self) -> bool:
-        """True: only files and devices can be opened."""
-        self._check_open()
-        return True
 
     @property
     def size(self) -> int:
@@ -198,19 +175,8 @@ class File(io.RawIOBase):
         """Every alignment and limit as it is known by now, each with its source."""
         return self._state.limits
 
-    @property
-    def last_outcome(self) -> Outcome | None:
-        """How the last request went, of whichever thread; None before the first."""
-        return self._tallies.last
-
-    @property
-    def totals(self) -> dict[Outcome, Tally]:
-        """Operations and bytes for each outcome that there was."""
-        return self._tallies.totals()
-
     def __repr__(self) -> str:
-        state = "closed " if self.closed else ""
-        return f"<{state}odirect.File {os.fsdecode(cast(str, self.name))!r} mode={self.mode!r} access={self.access!r}>"
+        return self._shown("odirect.File", self.access)
 
     # Transfers at an offset.
 
@@ -225,17 +191,7 @@ class File(io.RawIOBase):
         if count > 0 and count == memoryview(buffer).nbytes:  # type: ignore[arg-type]
             self._tallies.add(self._read_outcome, count)
             return count
-        return self._general(READ, [as_bytes_view(buffer, writable=True)], offset)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
-        if length < 0:
-            raise ValueError(f"cannot read {length} bytes")
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        length = max(0, min(length, self.size - offset))
-        buffer = empty(length)
-        return bytes(buffer[: self.preadinto(buffer, offset)])
+        return self._checked_transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
 
     def pwrite(self, buffer: Buffer, offset: int) -> int:
         """Write `buffer` at byte `offset`; the number of bytes, all of them but at a device's end.
@@ -258,96 +214,13 @@ class File(io.RawIOBase):
                 return count
             if count < 0 and count != NOT_SIMPLE and self._flags & FUA:
                 self._check_durable_write(-count, offset)
-        return self._general(WRITE, [as_bytes_view(buffer, writable=False)], offset)
-
-    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Read into the buffers in turn from byte `offset`; the number of bytes."""
-        return self._general(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
-
-    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Write the buffers in turn at byte `offset`; the number of bytes."""
-        return self._general(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
-
-    # The stream: io.RawIOBase, which has Any where None can come, so that it fits under io.BufferedReader.
-
-    def readinto(self, buffer: Buffer) -> int | Any:
-        """Read into `buffer` from the position, which moves; None if nowait would wait."""
-        with self._position_lock:
-            try:
-                count = self.preadinto(buffer, self._position)
-            except WouldBlockError:
-                return None
-            self._position += count
-            return count
-
-    def readall(self) -> bytes | Any:
-        """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
-        with self._position_lock:
-            pieces = []
-            try:
-                while piece := self.pread(8 << 20, self._position):
-                    pieces.append(piece)
-                    self._position += len(piece)
-            except WouldBlockError:
-                if not pieces:
-                    return None
-            return b"".join(pieces)
-
-    def read(self, size: int | None = -1, /) -> bytes | Any:
-        """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
-        if size is None or size < 0:
-            return self.readall()
-        with self._position_lock:
-            try:
-                data = self.pread(size, self._position)
-            except WouldBlockError:
-                return None
-            self._position += len(data)
-            return data
-
-    def write(self, buffer: Buffer, /) -> int | Any:
-        """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
-        with self._position_lock:
-            if self._opened.appends:
-                self._position = self.size
-            try:
-                count = self.pwrite(buffer, self._position)
-            except WouldBlockError:
-                return None
-            self._position += count
-            return count
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position; whence is SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA or SEEK_HOLE."""
-        self._check_open()
-        offset = operator.index(offset)
-        with self._position_lock:
-            if whence == os.SEEK_CUR:
-                offset += self._position
-            elif whence == os.SEEK_END:
-                offset += self.size
-            elif whence in (os.SEEK_DATA, os.SEEK_HOLE):
-                try:
-                    offset = os.lseek(self._opened.cached_fd, offset, whence)
-                except OSError as error:
-                    raise from_errno(error.errno or errno.EIO, f"seeking from {offset}", self.name) from error
-            elif whence != os.SEEK_SET:
-                raise ValueError(f"whence {whence} is none of SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA, SEEK_HOLE")
-            if offset < 0:
-                raise ValueError(f"the position cannot be {offset}")
-            self._position = offset
-            return offset
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        self._check_open()
-        return self._position
+        return self._checked_transfer(WRITE, [as_bytes_view(buffer, writable=False)], offset)
 
     # The file as a whole.
 
     def truncate(self, size: int | None = None, /) -> int:
         """Make the file `size` bytes long (default: up to the position); the new size."""
-        self._check_writable()
+        self._check_usable(WRITE)
         size = truncate_file(self._opened, self._position if size is None else size)
         self._simple.size_hint = size
         if self._submission is not None:
@@ -363,7 +236,7 @@ class File(io.RawIOBase):
         punch (discard) and zero have a meaning. Raises UnsupportedError where the file system or
         device cannot, NoSpaceError.
         """
-        self._check_writable()
+        self._check_usable(WRITE)
         if self._state.is_block and (punch or zero) and offset >= 0 and length > 0:
             self._entered(
                 lambda: self._run(lambda plain: plain.change_range(DISCARD if punch else ZERO, offset, length))
@@ -375,11 +248,6 @@ class File(io.RawIOBase):
     def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable: fsync, or fdatasync. After a failure it fails for ever (F41)."""
         self._entered(lambda: self._run(lambda plain: plain.sync(data_only=data_only)))
-
-    def flush(self) -> None:
-        """Nothing: a raw file holds nothing back. `sync` makes data durable."""
-        if self.closed:
-            raise ClosedError("the file is closed", path=self.name)
 
     def close(self) -> None:
         """Wait for what is in flight, also of other threads, and close. Twice is harmless.
@@ -399,31 +267,7 @@ class File(io.RawIOBase):
             self._inside.wait()
             self._opened.close()
 
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("an open file cannot be copied or pickled")
-
     # Many at once.
-
-    def read_batch(
-        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, out: Buffer, *, depth: int = BATCH_DEPTH
-    ) -> NDArray[numpy.int64]:
-        """Read `length` bytes at each of `offsets` into `out`, one after the other; bytes read for each.
-
-        out: at least len(offsets) * length bytes, writable. depth: how many are in flight at once.
-        A count is short only at the end of the file. Raises the error of the first element (by
-        position) that failed, after all have been tried.
-        """
-        return self._batch(READ, offsets, length, out, depth)
-
-    def write_batch(
-        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, data: Buffer, *, depth: int = BATCH_DEPTH
-    ) -> NDArray[numpy.int64]:
-        """Write consecutive runs of `length` bytes of `data` at each of `offsets`; bytes written for each.
-
-        Elements that overlap land in any order. Those that make the file grow go last, in order of
-        offset, so that its size never runs ahead of its data (F03). Errors as in `read_batch`.
-        """
-        return self._batch(WRITE, offsets, length, data, depth)
 
     def submit(self, op: Literal["read", "write"], offset: int, buffer: Buffer, tag: object = None) -> Request:
         """Start a transfer and return at once (B07); `completions` gives it back when it is done.
@@ -446,28 +290,11 @@ class File(io.RawIOBase):
             )
         return self._submission.submit(op, offset, buffer, tag)
 
-    def completions(self) -> Iterator[Request]:
-        """Requests of `submit` as they finish, each once, until none is left; more may be submitted meanwhile."""
-        if self._submission is None:
-            return iter(())
-        return self._submission.completions()
-
     # How.
 
     def _tally(self, request: Request) -> None:
         if request.outcome is not None:
             self._tallies.add(request.outcome, request.transferred)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise ClosedError("the file is closed", path=self.name)
-
-    def _check_writable(self) -> None:
-        self._check_usable(WRITE)
-
-    def _check_usable(self, op: int) -> None:
-        self._check_open()
-        self._opened.check_usable(op)
 
     def _entered(self, call: Callable[[], T]) -> T:
         """What `call` returns. It takes several steps, and `close` waits, so that none meets another file."""
@@ -484,7 +311,7 @@ class File(io.RawIOBase):
         self._inside = Crowd()
         self._gate = WriteGate()
         # What was submitted before a fork is the parent's.
-        self._submission = None
+        self._submission: Submission | None = None
 
     def _merges(self, offset: int, length: int) -> bool:
         """Whether such a write goes through the page cache, in part at least."""
@@ -526,7 +353,7 @@ class File(io.RawIOBase):
         return known[1], known[2]
 
     def _ask_again(self) -> Limits:
-        return file_limits(self.fileno(), path=self.name, writable=self._opened.writable)[0]
+        return file_limits(self.fileno(), path=self.name, writable=self._opened.mode.writable)[0]
 
     def _run(self, call: Callable[[PlainFile], Coroutine[Any, Any, T]]) -> T:
         place = here()
@@ -556,22 +383,26 @@ class File(io.RawIOBase):
         simple.read_align, simple.write_align = limits.read_align, limits.write_align
         simple.memory_align = limits.memory_align
 
-    def _general(self, op: int, segments: list[memoryview], offset: int) -> int:
-        """Any request, by `dio.plainfile`."""
-        moved = self._moved(op, segments, offset)
+    def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
+        if op == READ:
+            moved = self._entered(lambda: self._move(op, segments, offset))
+        else:
+            merges = self._merges(offset, sum(map(len, segments)))
+            moved = self._entered(lambda: self._in_turn(merges, lambda: self._move(op, segments, offset)))
         self._tallies.add(moved.outcome, moved.transferred)
         return moved.transferred
 
-    def _moved(self, op: int, segments: list[memoryview], offset: int) -> Moved:
-        self._check_usable(op)
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        segments = [segment for segment in segments if len(segment)]
-        if op == READ:
-            return self._entered(lambda: self._move(op, segments, offset))
-        merges = self._merges(offset, sum(map(len, segments)))
-        return self._entered(lambda: self._in_turn(merges, lambda: self._move(op, segments, offset)))
+    def _append(self, buffer: Buffer) -> int:
+        self._position = self.size
+        count = self.pwrite(buffer, self._position)
+        self._position += count
+        return count
+
+    def _seek_kind(self, offset: int, whence: int) -> int:
+        try:
+            return os.lseek(self._opened.cached_fd, offset, whence)
+        except OSError as error:
+            raise from_errno(error.errno or errno.EIO, f"seeking from {offset}", self.name) from error
 
     def _move(self, op: int, segments: list[memoryview], offset: int) -> Moved:
         length = sum(map(len, segments))
@@ -587,22 +418,10 @@ class File(io.RawIOBase):
         return moved
 
     def _batch(
-        self, op: int, offsets: Sequence[int] | NDArray[numpy.int64], length: int, buffer: Buffer, depth: int
+        self, op: int, view: memoryview, places: NDArray[numpy.int64], length: int, depth: int
     ) -> NDArray[numpy.int64]:
         import numpy
 
-        self._check_usable(op)
-        given = numpy.asarray(offsets)
-        if given.size and given.dtype.kind not in "iu":
-            raise TypeError(f"offsets must be whole numbers, not {given.dtype}")
-        places = numpy.ascontiguousarray(given, dtype=numpy.int64)
-        view = as_bytes_view(buffer, writable=op == READ)
-        if places.ndim != 1 or length < 0 or depth < 1:
-            raise ValueError("a batch takes a flat list of offsets, a length of at least 0, and a depth of at least 1")
-        if len(view) < len(places) * length:
-            raise ValueError(f"{len(places)} transfers of {length} bytes need more than the {len(view)} bytes given")
-        if len(places) and int(places.min()) < 0:
-            raise ValueError(f"offset {int(places.argmin())} of the batch is {int(places.min())}, which is negative")
         results = numpy.full(len(places), -1, dtype=numpy.int64)
 
         def move() -> None:

@@ -114,11 +114,11 @@ class RawFile(io.RawIOBase):
 
     def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Read into the buffers in turn from byte `offset`; the number of bytes."""
-        return self._transfer(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
+        return self._checked_transfer(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Write the buffers in turn at byte `offset`; the number of bytes."""
-        return self._transfer(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
+        return self._checked_transfer(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
 
     # The stream: io.RawIOBase, which has Any where None can come, so that it fits under io.BufferedReader.
 
@@ -236,7 +236,7 @@ class RawFile(io.RawIOBase):
     # How. These are given by whoever serves the file.
 
     @abc.abstractmethod
-    def _checked_transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
+    def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
         """One request of any kind, counted: how many bytes. None of the segments is empty."""
 
     @abc.abstractmethod
@@ -261,11 +261,11 @@ class RawFile(io.RawIOBase):
         self._check_open()
         self._mode.check_usable(op)
 
-    def _transfer(self, op: int, segments: Sequence[memoryview], offset: int) -> int:
+    def _checked_transfer(self, op: int, segments: Sequence[memoryview], offset: int) -> int:
         """Any request: checked, done and counted."""
         self._check_usable(op)
         offset = checked_offset(offset)
-        return self._checked_transfer(op, [segment for segment in segments if len(segment)], offset)
+        return self._transfer(op, [segment for segment in segments if len(segment)], offset)
 
     def _checked_batch(
         self, op: int, offsets: Sequence[int] | NDArray[numpy.int64], length: int, buffer: Buffer, depth: int

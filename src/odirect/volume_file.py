@@ -8,26 +8,28 @@ import errno
 import io
 import operator
 import os
-import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from odirect.base import trace
-from odirect.base.errors import ClosedError, ODirectError, UnsupportedError, WouldBlockError
+from odirect.base.errors import ClosedError, ODirectError, UnsupportedError
+from odirect.base.units import checked_offset
 from odirect.block.bio import ATOMIC, FUA, READ, WRITE
-from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.buffers import as_bytes_view
 from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice
 from odirect.dio import batch
 from odirect.dio.here import here
 from odirect.dio.mapping import Extent, ExtentKind
-from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
+from odirect.dio.opening import OpenMode
+from odirect.dio.outcome import Kind, Outcome, Promise
 from odirect.dio.requests import Request
 from odirect.dio.write_order import Crowd
 from odirect.fs.base import Access, Done, VolumeFile
 from odirect.fs.file import NodeFile
 from odirect.fs.paths import failure
 from odirect.fs.requests import NodeRequests
+from odirect.raw_file import Buffer, RawFile
 from odirect.sched.locks import Mutex
 from odirect.sched.traps import gather, this_scheduler
 from odirect.volume_runner import Runner, named
@@ -39,48 +41,14 @@ if TYPE_CHECKING:
     from odirect.dio.requests import Requests
 
 T = TypeVar("T")
-Buffer = object  # anything with the buffer protocol
-
 _OPERATIONS = {"read": READ, "write": WRITE}
-#: Transfers in flight that a batch keeps unless told otherwise.
-BATCH_DEPTH = 64
 # How much of a file is looked through at once for data or a hole.
 _SEEK_BYTES = 1 << 30
-# How much `readall` asks for at once.
-_READ_BYTES = 8 << 20
 # What has bytes; space that was allocated and never written reads as zeroes.
 _DATA = (ExtentKind.MAPPED, ExtentKind.DELALLOC, ExtentKind.INLINE, ExtentKind.ENCODED)
 
 
-class OpenMode(NamedTuple):
-    """What a file was opened for, taken from one of the modes of `open`."""
-
-    shown: str
-    readable: bool
-    writable: bool
-    create: bool
-    exclusive: bool
-    truncate: bool
-    appends: bool
-
-
-def parse_mode(mode: str) -> OpenMode:
-    """The `OpenMode` of "r", "r+", "w", "w+", "x", "x+", "a" or "a+", "b" or not. ValueError for any other."""
-    plain = mode.replace("b", "", 1)
-    if plain not in ("r", "r+", "w", "w+", "x", "x+", "a", "a+"):
-        raise ValueError(f"mode {mode!r}: use one of r, r+, w, w+, x, x+, a, a+, with or without b")
-    return OpenMode(
-        shown=plain[0] + "b" + plain[1:],
-        readable=plain == "r" or "+" in plain,
-        writable=plain != "r",
-        create=plain[0] != "r",
-        exclusive=plain[0] == "x",
-        truncate=plain[0] == "w",
-        appends=plain[0] == "a",
-    )
-
-
-class FileInVolume(io.RawIOBase):
+class FileInVolume(RawFile):
     """An open file of a volume; works wherever a raw binary file does.
 
     Transfers at a given offset (`pread`, `pwrite`, ...) may be made from several threads at once, and so
@@ -103,18 +71,13 @@ class FileInVolume(io.RawIOBase):
 
         volume: kept as long as this is, because it closes itself when nobody has it any more.
         """
-        super().__init__()
+        super().__init__(path, mode)
         self._volume = volume
         self.access: Access = access
-        self.mode = mode.shown
-        self.name = path
         self._runner = runner
         self._handle = handle
-        self._opened = mode
         self._flags = (flags & ~(FUA | ATOMIC), flags)
         self._seen = seen
-        self._tallies = Tallies()
-        self._position_lock = threading.RLock()
         self._position = handle.size_bytes if mode.appends else 0
         self._submission: _Submission | None = None
         self._inside = Crowd()
@@ -124,21 +87,6 @@ class FileInVolume(io.RawIOBase):
     def fileno(self) -> int:
         """Raises io.UnsupportedOperation: the kernel does not know this file."""
         raise io.UnsupportedOperation("a file inside a volume has no descriptor")
-
-    def readable(self) -> bool:
-        """Whether it was opened for reading."""
-        self._check_open()
-        return self._opened.readable
-
-    def writable(self) -> bool:
-        """Whether it was opened for writing."""
-        self._check_open()
-        return self._opened.writable
-
-    def seekable(self) -> bool:
-        """True."""
-        self._check_open()
-        return True
 
     @property
     def inode(self) -> int:
@@ -156,19 +104,8 @@ class FileInVolume(io.RawIOBase):
         """What a direct request must be aligned to, with the sources."""
         return self._handle.limits
 
-    @property
-    def last_outcome(self) -> Outcome | None:
-        """How the last request went, of whichever thread; None before the first."""
-        return self._tallies.last
-
-    @property
-    def totals(self) -> dict[Outcome, Tally]:
-        """Operations and bytes for each outcome that there was."""
-        return self._tallies.totals()
-
     def __repr__(self) -> str:
-        state = "closed " if self.closed else ""
-        return f"<{state}FileInVolume {os.fsdecode(self.name)!r} mode={self.mode!r} access={self.access!r}>"
+        return self._shown("FileInVolume", self.access)
 
     # Transfers at an offset.
 
@@ -179,109 +116,14 @@ class FileInVolume(io.RawIOBase):
         CorruptionError, WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a
         negative offset.
         """
-        return self._transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
-
-    def pread(self, length: int, offset: int) -> bytes:
-        """Up to `length` bytes from byte `offset`, fewer only at the end of the file."""
-        if length < 0:
-            raise ValueError(f"cannot read {length} bytes")
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        buffer = empty(max(0, min(length, self.size - offset)))
-        return bytes(buffer[: self.preadinto(buffer, offset)])
+        return self._checked_transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
 
     def pwrite(self, buffer: Buffer, offset: int) -> int:
         """Write `buffer` at byte `offset`; the number of bytes, fewer only where the volume is full.
 
         Raises NoSpaceError, ReadOnlyError, and what `preadinto` raises.
         """
-        return self._transfer(WRITE, [as_bytes_view(buffer, writable=False)], offset)
-
-    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Read into the buffers in turn from byte `offset`; the number of bytes."""
-        return self._transfer(READ, [as_bytes_view(buffer, writable=True) for buffer in buffers], offset)
-
-    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Write the buffers in turn at byte `offset`; the number of bytes."""
-        return self._transfer(WRITE, [as_bytes_view(buffer, writable=False) for buffer in buffers], offset)
-
-    # The stream: io.RawIOBase, which has Any where None can come, so that it fits under io.BufferedReader.
-
-    def readinto(self, buffer: Buffer) -> int | Any:
-        """Read into `buffer` from the position, which moves; None if nowait would wait."""
-        self._check_open()  # before the lock, which a forked child may find held for ever
-        with self._position_lock:
-            try:
-                count = self.preadinto(buffer, self._position)
-            except WouldBlockError:
-                return None
-            self._position += count
-            return count
-
-    def readall(self) -> bytes | Any:
-        """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
-        self._check_open()
-        with self._position_lock:
-            pieces = []
-            try:
-                while piece := self.pread(_READ_BYTES, self._position):
-                    pieces.append(piece)
-                    self._position += len(piece)
-            except WouldBlockError:
-                if not pieces:
-                    return None
-            return b"".join(pieces)
-
-    def read(self, size: int | None = -1, /) -> bytes | Any:
-        """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
-        if size is None or size < 0:
-            return self.readall()
-        self._check_open()
-        with self._position_lock:
-            try:
-                data = self.pread(size, self._position)
-            except WouldBlockError:
-                return None
-            self._position += len(data)
-            return data
-
-    def write(self, buffer: Buffer, /) -> int | Any:
-        """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
-        self._check_open()
-        view = as_bytes_view(buffer, writable=False)
-        with self._position_lock:
-            try:
-                if self._opened.appends:
-                    count, self._position = self._append(view)
-                    return count
-                count = self.pwrite(view, self._position)
-            except WouldBlockError:
-                return None
-            self._position += count
-            return count
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move the position; whence is SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA or SEEK_HOLE."""
-        self._check_open()
-        offset = operator.index(offset)
-        with self._position_lock:
-            if whence == os.SEEK_CUR:
-                offset += self._position
-            elif whence == os.SEEK_END:
-                offset += self.size
-            elif whence in (os.SEEK_DATA, os.SEEK_HOLE):
-                offset = self._run(self._find(offset, data=whence == os.SEEK_DATA))
-            elif whence != os.SEEK_SET:
-                raise ValueError(f"whence {whence} is none of SEEK_SET, SEEK_CUR, SEEK_END, SEEK_DATA, SEEK_HOLE")
-            if offset < 0:
-                raise ValueError(f"the position cannot be {offset}")
-            self._position = offset
-            return offset
-
-    def tell(self) -> int:
-        """The position in bytes."""
-        self._check_open()
-        return self._position
+        return self._checked_transfer(WRITE, [as_bytes_view(buffer, writable=False)], offset)
 
     # The file as a whole.
 
@@ -302,14 +144,8 @@ class FileInVolume(io.RawIOBase):
         Reserving space (neither of the two) is UnsupportedError: no file system here keeps space unwritten.
         """
         self._check_usable(WRITE)
-        offset, length = operator.index(offset), operator.index(length)
-        if offset < 0 or length <= 0:
-            raise ValueError(f"{length} bytes at {offset} is not a range")
-        if punch and zero:
-            raise ValueError("punch and zero exclude each other")
-        if not punch and not zero:
-            raise UnsupportedError("space cannot be reserved in this file system", path=self.name)
-        self._run(self._clear(offset, length, grow=zero and not keep_size))
+        offset, length = check_clearing(offset, length, punch=punch, zero=zero, path=self.name)
+        self._run(clear(self._handle, offset, length, grow=zero and not keep_size))
 
     def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Where the bytes are on the device, holes included, in order, up to the size rounded up to a block."""
@@ -321,11 +157,6 @@ class FileInVolume(io.RawIOBase):
     def sync(self, *, data_only: bool = False) -> None:
         """Make everything written durable: fsync, or fdatasync. Tells once of each write-back that failed (F41)."""
         self._run(self._handle.sync(data_only=data_only))
-
-    def flush(self) -> None:
-        """Nothing: a raw file holds nothing back. `sync` makes data durable."""
-        if self.closed:
-            raise ClosedError("the file is closed", path=self.name)
 
     def close(self) -> None:
         """Wait for what was submitted, write back what went through the cache, and close. Twice is harmless."""
@@ -354,31 +185,7 @@ class FileInVolume(io.RawIOBase):
             self._runner.abandon(self._handle)
             super().close()
 
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("an open file cannot be copied or pickled")
-
     # Many at once.
-
-    def read_batch(
-        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, out: Buffer, *, depth: int = BATCH_DEPTH
-    ) -> NDArray[numpy.int64]:
-        """Read `length` bytes at each of `offsets` into `out`, one after the other; bytes read for each.
-
-        out: at least len(offsets) * length bytes, writable. depth: how many are in flight at once.
-        A count is short only at the end of the file. Raises the error of the first element (by
-        position) that failed, after all have been tried.
-        """
-        return self._batch(READ, offsets, length, out, depth)
-
-    def write_batch(
-        self, offsets: Sequence[int] | NDArray[numpy.int64], length: int, data: Buffer, *, depth: int = BATCH_DEPTH
-    ) -> NDArray[numpy.int64]:
-        """Write consecutive runs of `length` bytes of `data` at each of `offsets`; bytes written for each.
-
-        Elements that overlap land in any order. Those that make the file grow go last, in order of
-        offset, so that its size never runs ahead of its data (F03). Errors as in `read_batch`.
-        """
-        return self._batch(WRITE, offsets, length, data, depth)
 
     def submit(self, op: Literal["read", "write"], offset: int, buffer: Buffer, tag: object = None) -> Request:
         """Start a transfer and return at once (B07); `completions` gives it back when it is done.
@@ -390,19 +197,11 @@ class FileInVolume(io.RawIOBase):
         if number is None:
             raise ValueError(f"operation {op!r}: use 'read' or 'write'")
         self._check_usable(number)
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        offset = checked_offset(offset)
         view = as_bytes_view(buffer, writable=number == READ)
         if self._submission is None:
             self._submission = _Submission(self)
         return self._submission.submit(number, offset, buffer, view, tag)
-
-    def completions(self) -> Iterator[Request]:
-        """Requests of `submit` as they finish, each once, until none is left; more may be submitted meanwhile."""
-        if self._submission is None:
-            return iter(())
-        return self._submission.completions()
 
     # How.
 
@@ -410,11 +209,6 @@ class FileInVolume(io.RawIOBase):
         if self.closed:
             raise ClosedError("the file is closed", path=self.name)
         self._runner.check()
-
-    def _check_usable(self, op: int) -> None:
-        self._check_open()
-        if not (self._opened.readable if op == READ else self._opened.writable):
-            raise io.UnsupportedOperation(f"the file was not opened for {'reading' if op == READ else 'writing'}")
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns; `close` waits for it."""
@@ -448,23 +242,22 @@ class FileInVolume(io.RawIOBase):
         self._tallies.add(done.outcome, done.transferred)
         return done
 
-    def _transfer(self, op: int, segments: Sequence[memoryview], offset: int) -> int:
-        self._check_usable(op)
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
-        segments = [segment for segment in segments if len(segment)]
+    def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
         return self._run(self._move(op, offset, segments)).transferred
 
-    def _append(self, view: memoryview) -> tuple[int, int]:
-        """How many bytes were added, and the size right after that."""
+    def _append(self, buffer: Buffer) -> int:
+        view = as_bytes_view(buffer, writable=False)
         self._check_usable(WRITE)
 
-        async def append() -> tuple[int, int]:
+        async def append() -> int:
             done = await self._move(WRITE, None, [view] if len(view) else [])
-            return done.transferred, self._handle.size_bytes
+            self._position = self._handle.size_bytes
+            return done.transferred
 
         return self._run(append())
+
+    def _seek_kind(self, offset: int, whence: int) -> int:
+        return self._run(self._find(offset, data=whence == os.SEEK_DATA))
 
     async def _find(self, offset: int, *, data: bool) -> int:
         """The first byte at or past `offset` that is data, or in a hole (there is one at the end)."""
@@ -480,37 +273,18 @@ class FileInVolume(io.RawIOBase):
             raise failure(errno.ENXIO, f"seeking data from {offset}")
         return size
 
-    async def _clear(self, offset: int, length: int, *, grow: bool) -> None:
-        await self._handle.punch(offset, length)
-        if grow and offset + length > self._handle.size_bytes:
-            await self._handle.truncate(offset + length)
-
     def _batch(
-        self, op: int, offsets: Sequence[int] | NDArray[numpy.int64], length: int, buffer: Buffer, depth: int
+        self, op: int, view: memoryview, places: NDArray[numpy.int64], length: int, depth: int
     ) -> NDArray[numpy.int64]:
         import numpy
 
-        self._check_usable(op)
-        given = numpy.asarray(offsets)
-        if given.size and given.dtype.kind not in "iu":
-            raise TypeError(f"offsets must be whole numbers, not {given.dtype}")
-        offsets_array = numpy.ascontiguousarray(given, dtype=numpy.int64)
-        places: list[int] = offsets_array.tolist()
-        view = as_bytes_view(buffer, writable=op == READ)
-        if given.ndim != 1 or length < 0 or depth < 1:
-            raise ValueError("a batch takes a flat list of offsets, a length of at least 0, and a depth of at least 1")
-        if len(view) < len(places) * length:
-            raise ValueError(f"{len(places)} transfers of {length} bytes need more than the {len(view)} bytes given")
-        if places and min(places) < 0:
-            first = next(number for number, place in enumerate(places) if place < 0)
-            raise ValueError(f"offset {first} of the batch is {places[first]}, which is negative")
         results = numpy.zeros(len(places), dtype=numpy.int64)
         left = list(range(len(places)))
-        if self._has_native_loop(op) and length and places:
-            self._batch_natively(op, offsets_array, length, view, depth, results)
+        if self._has_native_loop(op) and length and left:
+            self._batch_natively(op, places, length, view, depth, results)
             left = numpy.flatnonzero(results != length).tolist()
         if left:
-            self._run(self._batch_by_tasks(op, left, places, length, view, depth, results))
+            self._run(self._batch_by_tasks(op, left, places.tolist(), length, view, depth, results))
         return results
 
     def _has_native_loop(self, op: int) -> bool:
@@ -589,6 +363,25 @@ class FileInVolume(io.RawIOBase):
                 break  # What lies above it would leave a hole below the size.
         if failed:
             raise failed[min(failed)]
+
+
+def check_clearing(offset: int, length: int, *, punch: bool, zero: bool, path: object) -> tuple[int, int]:
+    """The range of a `fallocate`, as plain ints. Raises what it cannot do in a volume."""
+    offset, length = operator.index(offset), operator.index(length)
+    if offset < 0 or length <= 0:
+        raise ValueError(f"{length} bytes at {offset} is not a range")
+    if punch and zero:
+        raise ValueError("punch and zero exclude each other")
+    if not punch and not zero:
+        raise UnsupportedError("space cannot be reserved in this file system", path=path)
+    return offset, length
+
+
+async def clear(handle: VolumeFile, offset: int, length: int, *, grow: bool) -> None:
+    """Make a range read as zeroes; grow: make the file longer too, where the range ends past it."""
+    await handle.punch(offset, length)
+    if grow and offset + length > handle.size_bytes:
+        await handle.truncate(offset + length)
 
 
 class _Submission:

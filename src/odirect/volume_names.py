@@ -27,6 +27,7 @@ from odirect.base.errors import (
 from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view, empty
 from odirect.dio.mapping import Extent
+from odirect.dio.opening import parse_mode
 from odirect.dio.outcome import Outcome, Reason
 from odirect.fs import tree
 from odirect.fs.base import ACCESSES, Access, Attributes, FileKind, FileSystem
@@ -34,7 +35,7 @@ from odirect.fs.paths import path_bytes, resolve
 from odirect.fs.tree import Owner
 from odirect.sched.clock import wall_ns
 from odirect.volume_entries import Scan, VolumeEntry, stat_result
-from odirect.volume_file import FileInVolume, parse_mode
+from odirect.volume_file import FileInVolume
 from odirect.volume_runner import Runner, named
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""The modes of `open`; and opening a plain file or block device twice: past the page cache, and through it for the rest."""
+"""The modes of `open`; a plain file or block device opened twice: past the page cache, and through it for the rest."""
 
 from __future__ import annotations
 

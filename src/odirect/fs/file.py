@@ -9,7 +9,8 @@ add. `read` and `write` on it are what every handle calls.
 
 Who holds what: a writer, and a truncate, hold `lock`; a direct overwrite lets go of it when its bios are
 sent, and a direct read when it is mapped (G03). `in_flight` counts direct I/O; truncate waits for it
-while it holds the lock, so nothing new begins (G06). `allocating` is held from the look-up of what is
+while it holds the lock, so nothing new begins (G06). `overwriting` counts direct writes; whoever
+changes a page in part waits for it while he holds the lock. `allocating` is held from the look-up of what is
 missing to its publication, by whoever writes where blocks are missing. Order: lock, then allocating.
 """
 

@@ -367,6 +367,8 @@ class MemoryFileSystem(FileSystem):
         node = self._node(inode)
         if mode is not None:
             node.mode = stat.S_IFMT(node.mode) | stat.S_IMODE(mode)
+        elif (uid is not None or gid is not None) and not node.is_directory:
+            node.mode &= ~(stat.S_ISUID | (stat.S_ISGID if node.mode & stat.S_IXGRP else 0))
         node.uid = node.uid if uid is None else uid
         node.gid = node.gid if gid is None else gid
         node.atime_ns = node.atime_ns if atime_ns is None else atime_ns

@@ -18,7 +18,7 @@ from tests.fs.ext2.fuzz_kit import SHAPES, Seed, make_seed, run_case
 import odirect
 from odirect.base.errors import CorruptionError
 
-_CASES = int(os.environ.get("ODIRECT_FUZZ_CASES", "240"))
+_CASES = int(os.environ.get("ODIRECT_FUZZ_CASES", "200"))
 _PER_TEST = 20
 
 
@@ -261,3 +261,38 @@ def test_directories_in_themselves(shape: str, seeds: dict[str, Seed], image: Pa
         assert sorted(volume.listdir("/d/again")) == sorted(volume.listdir("/"))
         with pytest.raises(CorruptionError, match="root directory under another name"):
             volume.rename("/d/again", "/elsewhere")
+
+
+@pytest.mark.parametrize("shape", ["1k", "4k"])
+def test_attributes_that_are_data(shape: str, seeds: dict[str, Seed], image: Path) -> None:
+    """A file that says that another one's data are its attributes is removed without a change to those."""
+    patient = Patient(seeds[shape], image)
+    victim = patient.pointer(b"/d/e/leaf", 0)
+    patient.put(victim * patient.size + 4, 5)  # What would be the count of references.
+    held = bytes(patient.data[victim * patient.size : victim * patient.size + 2800])
+    patient.inode(b"/plain", 104, victim)
+    patient.path.write_bytes(patient.data)
+    with odirect.open_volume(patient.path, "r+") as volume:
+        for call in (lambda: volume.set_xattr("/plain", "user.x", b"y"), lambda: volume.unlink("/plain")):
+            with pytest.raises(CorruptionError, match=f"attributes of inode {patient.number(b'/plain')} .*magic"):
+                call()
+        assert volume.read_bytes("/d/e/leaf") == held
+
+
+@pytest.mark.parametrize("shape", ["1k", "4k"])
+def test_counts_that_cannot_grow(shape: str, seeds: dict[str, Seed], image: Path) -> None:
+    """Sectors that do not fit their record any more, or are fewer than there are blocks: an error of ours."""
+    for sectors in (0, 1, 0xFFFFFFFF):
+        patient = Patient(seeds[shape], image)
+        patient.inode(b"/plain", 28, sectors)
+        patient.path.write_bytes(patient.data)
+        with odirect.open_volume(patient.path, "r+") as volume:
+            with pytest.raises(CorruptionError, match=f"inode {patient.number(b'/plain')} "):
+                if sectors > 1:
+                    volume.set_xattr("/plain", "user.x", b"y" * 400)
+                    with volume.open("/plain", "a") as file:
+                        file.write(bytes(50_000))
+                else:
+                    with volume.open("/plain", "r+") as file:
+                        file.truncate(0)
+            assert volume.read_bytes("/fast") == b"small" * 30

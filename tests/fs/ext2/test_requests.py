@@ -385,6 +385,22 @@ def test_what_cannot_be_a_request() -> None:
     assert isinstance(closed.exception, ClosedError)
 
 
+def test_a_close_whose_write_back_fails_lets_go_all_the_same() -> None:
+    """F30, F41, G20: the error is told, and the file is not kept: unlinked, it is freed."""
+    setting = Setting()
+    pins = dict(setting.volume.cache._pins)
+    setting.run(setting.file.write(0, [filled(BLOCK, 8)], access="buffered"))
+    setting.faults.fail(errno.EIO, op=WRITE, times=1)
+    with pytest.raises(DeviceError):
+        setting.run(setting.file.close())
+    assert setting.volume.node(setting.number) is None
+    assert sum(setting.volume.cache._pins.values()) == sum(pins.values()) - 1
+    free = setting.volume.allocator.free_inodes
+    setting.run(setting.volume.unlink(2, b"file"))
+    assert setting.volume.allocator.free_inodes == free + 1
+    setting.close()
+
+
 # --- batches -------------------------------------------------------------------------------------
 
 

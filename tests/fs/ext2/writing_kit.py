@@ -102,6 +102,7 @@ class SmallVolume:
 
     name = "image"
     readers = 0
+    most_ahead = 0
     privileged = False
 
     def __init__(self, device: BlockDevice, image: bytes | None = None) -> None:

@@ -71,6 +71,7 @@ class Allocator:
         self.prepared: dict[int, list[Prepared]] = {}
         self._super_block, self._super_offset = divmod(SUPERBLOCK_ADDR, geometry.block_bytes)
         self._loaded = False
+        self._spares: dict[int, list[int]] = {}
         self._held_blocks = _Held()
         self._held_inodes = _Held()
         # Groups whose bitmap was found to have the group's own metadata in use.
@@ -123,7 +124,7 @@ class Allocator:
     def room(self, *, privileged: bool = False) -> int:
         """Free blocks that nobody was promised, less what is kept for root unless privileged; may be below 0."""
         now = self.superblock()
-        return now.free_blocks_count - self.reserved - (0 if privileged else now.r_blocks_count)
+        return now.free_blocks_count + self.spare_blocks - self.reserved - (0 if privileged else now.r_blocks_count)
 
     def reserve(self, blocks: int, *, privileged: bool = False) -> None:
         """Promise `blocks` blocks: others find that many fewer.
@@ -169,6 +170,10 @@ class Allocator:
                 break
         block, count = best
         if not count:
+            if self._spares:
+                for number in list(self._spares):
+                    self.free_spares(number)
+                return self.find_run(goal, wanted)
             raise self._nothing_left("block", self._held_blocks)
         group = geometry.group_of_block(block)
         self._flip_blocks(group, block, count, used=True)
@@ -189,6 +194,49 @@ class Allocator:
             if not never_used:
                 mask = ((1 << number) - 1) << (first - self.geometry.first_block_of_group(group))
                 self._held_blocks.hold(self.cache, group, mask)
+
+    # Spares: blocks that are marked as used, and kept for the indirect blocks of a file that grows. They are in
+    # memory alone, and go back when the file is closed, or when nothing else is left.
+
+    @property
+    def spare_blocks(self) -> int:
+        """How many spares there are."""
+        return sum(map(len, self._spares.values()))
+
+    def add_spares(self, inode: int, blocks: Iterable[int]) -> None:
+        """Keep these blocks, which were just allocated, for the inode."""
+        self._set_spares(inode, [*self._spares.get(inode, ()), *blocks])
+
+    def take_spares(self, inode: int, most: int) -> list[int]:
+        """At most so many of the inode's spares, the first ones; they are the caller's now."""
+        spares = self._spares.get(inode, ())
+        taken = list(spares[:most])
+        if taken:
+            self._set_spares(inode, list(spares[most:]))
+        return taken
+
+    def free_spares(self, inode: int) -> None:
+        """Make the inode's spares free again. Raises BlockMiss."""
+        spares = self._spares.get(inode, ())
+        self.cache.get_all(self.bitmap_blocks((block, 1) for block in spares))
+        self._set_spares(inode, [])
+        for block in spares:
+            self.free_run(block, 1, never_used=True)
+
+    def _set_spares(self, inode: int, blocks: list[int]) -> None:
+        before = self._spares.get(inode)
+
+        def put_back() -> None:
+            if before is None:
+                self._spares.pop(inode, None)
+            else:
+                self._spares[inode] = before
+
+        self.cache.undo(put_back)
+        if blocks:
+            self._spares[inode] = blocks
+        else:
+            self._spares.pop(inode, None)
 
     def bitmap_blocks(self, runs: Iterable[tuple[int, int]]) -> list[int]:
         """The blocks of the bitmaps that `free_run` of these (block, count) will change."""

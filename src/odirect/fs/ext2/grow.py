@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from odirect.fs.ext2.geometry import Geometry
     from odirect.fs.ext2.inode import Ext2Inode
 
+#: Indirect blocks are laid out ahead only while so many blocks are free.
+_PLENTY_BLOCKS = 4096
 #: How many leaves `free_from` and `punch` take away at once, so that a step fits the cache.
 STEP_LEAVES = 2048
 
@@ -40,6 +42,8 @@ class Volume(Protocol):
     geometry: Geometry
     cache: MetaCache
     allocator: Allocator
+    #: How many indirect blocks may be laid out ahead of a file that grows; who lets go of the file frees the rest.
+    most_ahead: int
 
     def store(self, inode: Ext2Inode) -> None:
         """Put the inode into its record in the inode table, which is to be written with TREE."""
@@ -135,8 +139,9 @@ def goal_of(volume: Volume, inode: Ext2Inode, file_block: int = 0) -> int:
 def prepare(volume: Volume, inode: Ext2Inode, file_block: int, count: int, goal: int = 0) -> Prepared:
     """A run of new blocks for file blocks from `file_block` on, which is a hole; at most `count`, maybe fewer.
 
-    It ends where the hole ends, at the end of the leaf (the next one's indirect block comes between), and
-    where another prepared run of the inode begins. goal: a block to lie near; 0: `goal_of`. Space that
+    It ends where the hole ends, at the end of the leaf, and where another prepared run of the inode
+    begins. A file that grows past leaf after leaf gets indirect blocks for some leaves ahead, before its data, so that
+    its data lies in one piece over them (`Allocator.spares`). goal: a block to lie near; 0: `goal_of`. Space that
     is promised to others is not looked at (`Allocator.reserve`). A caller who runs into an error must
     let it undo the transaction. Raises NoSpaceError (ENOSPC; EFBIG past the last block that a file can
     have), NeedsCommit, BlockMiss, CorruptionError, ValueError if the block has a place already.
@@ -148,6 +153,7 @@ def prepare(volume: Volume, inode: Ext2Inode, file_block: int, count: int, goal:
         raise NoSpaceError(f"a file has at most {geometry.max_blocks} blocks", errno=errno.EFBIG, path=geometry.name)
     indices = tree_indices(geometry, file_block)
     holders = [block for block, _ in volume.map_of(inode).path(file_block)][1:]
+    wanted = count
     count = _hole(volume, inode, file_block, count, indices, holders)
     # One indirect block of every level that is missing, unless another prepared run brings it along.
     keys = [(inode.number, *indices[:level]) for level in range(len(holders) + 1, len(indices))]
@@ -155,25 +161,40 @@ def prepare(volume: Volume, inode: Ext2Inode, file_block: int, count: int, goal:
     table = geometry.inode_place(cache, inode.number)[0]
     cache.get_all([table, *holders])
     goal = goal or goal_of(volume, inode, file_block)
-    indirect: list[int] = []
+    indirect = allocator.take_spares(inode.number, len(missing))
+    ahead = _leaves_ahead(volume, inode, file_block, wanted - count) if len(missing) > len(indirect) else 0
     pins = [table, *holders]
     while True:
-        block, got = allocator.find_run(goal, len(missing) - len(indirect) + count)
+        block, got = allocator.find_run(goal, len(missing) - len(indirect) + ahead + count)
         pins += allocator.bitmap_blocks([(block, got)])
         own = min(got, len(missing) - len(indirect))
         indirect += range(block, block + own)
-        if got > own:
+        block, got = block + own, got - own
+        if got:
             break
-        goal = block + got
+        goal = block
+    ahead = min(ahead, max(0, got - count))
+    allocator.add_spares(inode.number, range(block, block + ahead))
+    block, got = block + ahead, got - ahead
     new = {key: Planned(key, number) for key, number in zip(missing, indirect, strict=True)}
     plans = [new.get(key) or allocator.planned[key] for key in keys]
     # A pin needs no block: what is planned stays in the cache from when it is made.
     pins += [plan.block for plan in plans]
     pins += [bitmap for plan in plans for bitmap in allocator.bitmap_blocks([(plan.block, 1)])]
-    prepared = Prepared(inode, file_block, got - own, block + own, plans, pins)
+    prepared = Prepared(inode, file_block, got, block, plans, pins)
     prepared._begin(volume)
     cache.undo(lambda: prepared._end(volume))
     return prepared
+
+
+def _leaves_ahead(volume: Volume, inode: Ext2Inode, file_block: int, more: int) -> int:
+    """How many indirect blocks to lay out beyond those that are needed now: for the rest of the request, and as
+    many as the file has had before, while there is plenty of room."""
+    pointers = volume.geometry.pointers_per_block
+    if not inode.is_file or volume.allocator.room() < _PLENTY_BLOCKS:
+        return 0
+    leaves = max(-(-more // pointers), (file_block - DIRECT_BLOCKS) // pointers if inode.size else 0)
+    return max(0, min(leaves, volume.most_ahead))
 
 
 def publish(volume: Volume, prepared: Prepared, blocks_done: int) -> None:

@@ -26,6 +26,7 @@ from odirect.base.errors import (
     MissingError,
     NoSpaceError,
     NotDirectoryError,
+    ODirectError,
     PathError,
     ReadOnlyError,
     UnsupportedError,
@@ -99,6 +100,7 @@ class Ext2(FileSystem):
     """An open ext2 (or, for reading, clean ext3) volume. Made by `open_ext2`."""
 
     kind = "ext2"
+    most_ahead = 15
     root = format.ROOT_INODE
 
     def __init__(
@@ -189,7 +191,13 @@ class Ext2(FileSystem):
 
     def store(self, inode: Ext2Inode) -> None:
         """Bring the record of `inode` up to date, in the running change. BlockMiss unless it is open."""
-        inode.store(self.geometry, self._record(inode.number))
+        record = self._record(inode.number)
+        try:
+            inode.store(self.geometry, record)
+        except ValueError as error:
+            # What callers give has been looked at before, so it is a count that the disk had wrong.
+            structure = self.geometry.inode_structure(inode.number)
+            raise structure.corrupt(str(error), "counts that its record can hold") from error
 
     def _record(self, number: int) -> memoryview:
         """The record of an inode, to be changed."""
@@ -214,8 +222,7 @@ class Ext2(FileSystem):
 
     def available_blocks(self) -> int:
         """Blocks that a write may still ask for."""
-        kept = 0 if self.privileged else self.geometry.superblock.r_blocks_count
-        return max(0, self.allocator.free_blocks - self.allocator.reserved - kept)
+        return max(0, self.allocator.room(privileged=self.privileged))
 
     def no_space(self) -> NoSpaceError:
         """What is raised where no block is left that may be asked for; those that wait for a commit count as left."""
@@ -678,18 +685,24 @@ class Ext2(FileSystem):
         return NodeFile(node, inode, self.name, writable=writable)
 
     async def last_handle_closed(self, node: Ext2Node) -> None:
-        """Write back what is left of a file, or free it if it has no name."""
+        """Write back what is left of a file, or free it if it has no name. An error is raised when it is let go."""
         number = node.meta.number
-        if node.meta.links:
-            await node.pages.write_back(0, max(node.size_bytes, 1))
+        failed: ODirectError | None = None
         while node.in_flight.value or node.pages.dirty_bytes:
             await node.in_flight.zero()
             await node.pages.wait_write_back(0, max(node.size_bytes, node.pages.end_bytes, 1))
             if not node.meta.links:
                 node.pages.truncate(0)
                 break
-            await node.pages.write_back(0, max(node.size_bytes, 1))
+            try:
+                await node.pages.write_back(0, max(node.size_bytes, 1))
+            except ODirectError as error:
+                failed = failed or error
+        if self.writable and not node.handles:
+            await self.change(lambda: self.allocator.free_spares(number))
         if node.handles or self._nodes.get(number) is not node:
+            if failed is not None:
+                raise failed
             return  # It was opened again meanwhile.
         node.settle()
         if node.stale:
@@ -701,6 +714,8 @@ class Ext2(FileSystem):
         self.cache.unpin(self.geometry.inode_place(self.cache, number)[0])
         if not node.meta.links:
             await self._free_unused(number)
+        if failed is not None:
+            raise failed
 
     async def extents_of(self, inode: Ext2Inode, size: int, offset: int, length: int) -> list[Extent]:
         """The extents of a range of a file of `size` bytes, holes included."""
@@ -964,10 +979,13 @@ class Ext2(FileSystem):
 
     def _release_xattr_block(self, inode: Ext2Inode, block: int) -> None:
         """`inode` lets go of a block of attributes, which other inodes may have too."""
+        place = Place(self.name, f"attributes of inode {inode.number}", block * self.block_bytes)
+        self.geometry.check_data_block(block, place)
         data = self.cache.get(block)
-        header = format.XATTR_HEADER.read(data, 0, Place(self.name, "attributes", block * self.block_bytes))
+        header = format.XATTR_HEADER.read(data, 0, place)
+        references = xattr.references(data, place)  # It must be what it is taken for: it may be somebody's data.
         inode.sectors -= self.block_bytes // format.SECTOR_BYTES
-        if header.refcount > 1:
+        if references > 1:
             format.XATTR_HEADER.write(header._replace(refcount=header.refcount - 1), self.cache.change(block, LATE), 0)
             return
         # It stays to be written: the record of a deleted inode leads to it until the deletion is on the device.
