@@ -236,7 +236,7 @@ def test_close_waits_for_cancelled_callers(path: Path) -> None:
             await asyncio.sleep(0)
             waiting.cancel()
         await file.close()
-        assert file._requests.pending == 0 and file._busy.value == 0
+        assert file._requests.pending == 0 and file._in_flight.busy.value == 0
         with pytest.raises(ClosedError):
             file.fileno()
 
@@ -469,7 +469,7 @@ def test_a_truncated_file_is_not_read_past_its_end(path: Path, content: bytes) -
                 if cancel:
                     await asyncio.sleep(0)
                     truncating.cancel()
-                    while file._busy.value:
+                    while file._in_flight.busy.value:
                         await asyncio.sleep(0)
                 else:
                     await truncating

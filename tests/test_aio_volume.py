@@ -695,7 +695,7 @@ def test_close_with_requests_in_flight(image: Path, content: bytes, what: str, r
             await asyncio.sleep(0)
             closing = file.close() if what == "file" else volume.close()
             await closing
-            assert file._requests is not None and file._requests.pending == 0 and file._file.busy.value == 0
+            assert file._requests is not None and file._requests.pending == 0 and file._in_flight.busy.value == 0
             done = await asyncio.gather(*waiting, return_exceptions=True)
             for number, result in enumerate(done):
                 if number % 4:

@@ -26,7 +26,7 @@ from odirect.aio_raw_file import InFlight, LoopFile
 from odirect.aio_volume import Volume, open_volume
 from odirect.aio_volume_file import FileInVolume
 from odirect.base.errors import ClosedError, ODirectError
-from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO, Bio
+from odirect.block.bio import ATOMIC, DISCARD, FUA, READ, WRITE, ZERO, Bio
 from odirect.block.buffers import BufferPool
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import Limits
@@ -37,7 +37,7 @@ from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.plainfile import PlainFile
 from odirect.dio.requests import Requests
-from odirect.files import Access, change_space, expected_outcome, truncate_file
+from odirect.files import Access, change_space, expected_outcome, request_flags, truncate_file
 from odirect.raw_file import Buffer
 from odirect.ring.choose import open_ring
 from odirect.sched.drive_asyncio import AsyncioDriver
@@ -112,9 +112,7 @@ def open(
     overwrite_in_use: bool = False,
 ) -> Opening[File]:
     """A `File`, when awaited or entered with `async with`. The arguments are those of `odirect.open`."""
-    if access not in ("auto", "strict"):
-        raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
-    flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0) | (ATOMIC if atomic else 0)
+    flags = request_flags(access, dsync=dsync, nowait=nowait, hipri=hipri, atomic=atomic)
 
     async def make() -> File:
         loop = asyncio.get_running_loop()

@@ -17,39 +17,34 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import errno
 import os
 import stat
 import sys
-import uuid
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
 from typing import Any, AnyStr, Generic, TypeVar, overload
 
+from odirect import volume_tasks as tasks
 from odirect.aio_opening import Opening
 from odirect.aio_runner import LoopRunner
 from odirect.aio_volume_file import FileInVolume, OpenFile
 from odirect.base.errors import (
     MissingError,
-    NotDirectError,
-    NotDirectoryError,
     ODirectError,
     PathError,
-    UnsupportedError,
 )
-from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
-from odirect.block.buffers import as_bytes_view, empty
-from odirect.block.device import BlockDevice, Limits
+from odirect.block.buffers import as_bytes_view
+from odirect.block.device import BlockDevice
 from odirect.dio.mapping import Extent
 from odirect.dio.opening import Path, parse_mode
 from odirect.fs import tree
-from odirect.fs.base import ACCESSES, Access, Attributes, FileKind, FileSystem, Finding, VolumeFile
+from odirect.fs.base import Access, Attributes, FileKind, FileSystem, Finding, VolumeFile
 from odirect.fs.paths import path_bytes, resolve
 from odirect.fs.tree import ROOT, Owner
-from odirect.sched.clock import wall_ns
 from odirect.volume_entries import stat_result, statvfs_result
-from odirect.volume_opening import Image, LockedImage, lock_image
+from odirect.volume_facts import VolumeFacts, device_number
+from odirect.volume_opening import SMALLEST_BLOCK_BYTES, Image, LockedImage, lock_image, mount
 from odirect.volume_runner import named
 
 __all__ = ["Entry", "Volume", "open_volume"]
@@ -57,12 +52,6 @@ __all__ = ["Entry", "Volume", "open_volume"]
 T = TypeVar("T")
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-# No file system here has smaller blocks.
-_SMALLEST_BLOCK = 1024
-# What `chown` leaves as it is.
-_KEEP = -1
-_NEW_NODE = stat.S_IFREG | 0o600
 
 
 def open_volume(
@@ -122,7 +111,7 @@ class _Mounting:
         driver = self.runner.driver
         try:
             driver.watch(self.image.polled)
-            if self.image.align_bytes > _SMALLEST_BLOCK:
+            if self.image.align_bytes > SMALLEST_BLOCK_BYTES:
                 await self._choose_way()
             await self.runner.start(self._open(self.image.device, self._writable), self.image.name)
             if self._mounted is None:
@@ -156,16 +145,7 @@ class _Mounting:
             driver.watch(self.image.polled)
 
     async def _open(self, device: BlockDevice, writable: bool) -> None:
-        from odirect.fs.probe import open_filesystem
-
-        self._mounted = await open_filesystem(
-            device,
-            name=self.image.name,
-            writable=writable,
-            scheduler=self.image.scheduler,
-            clock_ns=wall_ns,
-            privileged=self._use_reserved,
-        )
+        self._mounted = await mount(self.image, device, writable=writable, use_reserved=self._use_reserved)
 
     async def _give_up(self) -> None:
         await self.runner.busy.zero()
@@ -303,7 +283,7 @@ class _OpenVolume:
             self.image.close()
 
 
-class Volume:
+class Volume(VolumeFacts):
     """An open volume of one event loop: its files and directories by paths from its root. Made by `open_volume`.
 
     A path is str, bytes or a PathLike; what is given back is of its type. Nobody's permissions are checked.
@@ -322,55 +302,9 @@ class Volume:
         self._image = image
         self._reasons = {} if image is None else image.reasons
         self._open = _OpenVolume(file_system, runner, image)
-        # Equal for the same volume, so that `os.path.samestat` works within it, and unequal for others.
-        self._device = int.from_bytes(file_system.uuid[:4], "little")
+        self._device = device_number(file_system)
 
     # What it is.
-
-    @property
-    def kind(self) -> str:
-        """Which file system it is: "ext2"."""
-        return self.file_system.kind
-
-    @property
-    def name(self) -> str:
-        """The path of its image or device."""
-        return self.file_system.name
-
-    @property
-    def label(self) -> str:
-        """The name that was given to it when it was made, or later; "" for none."""
-        return os.fsdecode(self.file_system.label)
-
-    @property
-    def uuid(self) -> str:
-        """Its identity, as 8-4-4-4-12 hexadecimal digits."""
-        return str(uuid.UUID(bytes=self.file_system.uuid))
-
-    @property
-    def features(self) -> Sequence[str]:
-        """The format's features that it has, by name."""
-        return tuple(self.file_system.features)
-
-    @property
-    def block_bytes(self) -> int:
-        """The size of its blocks."""
-        return self.file_system.block_bytes
-
-    @property
-    def writable(self) -> bool:
-        """Whether it takes changes: it was opened so, and nothing has failed since."""
-        return not self.closed and self.file_system.writable
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether its bytes go past the page cache, as far as is known before they go."""
-        return self._image is not None and self._image.is_direct
-
-    @property
-    def limits(self) -> Limits:
-        """What its device takes, each figure with its source."""
-        return Limits() if self._image is None else self._image.limits
 
     @property
     def closed(self) -> bool:
@@ -378,8 +312,7 @@ class Volume:
         return self.runner.closed or self._open.released
 
     def __repr__(self) -> str:
-        state = "closed " if self.closed else ""
-        return f"<{state}odirect.aio.Volume {self.name!r} {self.kind}{' writable' if self.writable else ''}>"
+        return self._shown("odirect.aio.Volume")
 
     # As a whole.
 
@@ -415,27 +348,12 @@ class Volume:
         that makes a file and cuts nothing.
         """
         opening = parse_mode(mode)
-        if access not in ACCESSES:
-            raise ValueError(f"access {access!r}: use 'auto', 'strict' or 'buffered'")
         encoded, shown = _path(path)
-        for op, wanted in ((READ, opening.readable), (WRITE, opening.writable)):
-            if access == "strict" and wanted and op in self._reasons:
-                message = f"the volume's image does not go past the page cache: {self._reasons[op].value}"
-                raise NotDirectError(message, path=shown)
-        flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0)
+        flags = tasks.transfer_flags(opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri)
         seen = self._image.seen if self._image is not None and self._reasons else None
 
         async def make() -> FileInVolume:
-            begin = tree.open_file(
-                self.file_system,
-                encoded,
-                writable=opening.writable,
-                create=opening.create,
-                exclusive=opening.exclusive,
-                truncate=opening.truncate,
-                permissions=permissions,
-                owner=self.owner,
-            )
+            begin = tasks.open_file(self.file_system, encoded, opening, permissions=permissions, owner=self.owner)
             handle = self.runner.start(begin, shown)
             try:
                 file = OpenFile(self._open, await asyncio.shield(handle), shown, access, flags, seen)
@@ -451,41 +369,14 @@ class Volume:
     async def read_bytes(self, path: AnyPath) -> bytes:
         """All bytes of the file at `path`."""
         encoded, shown = _path(path)
-        file_system = self.file_system
-
-        async def read() -> bytes:
-            file = await tree.open_file(file_system, encoded, writable=False)
-            try:
-                buffer = empty(file.size_bytes)
-                return bytes(buffer[: await tree.read_whole(file, buffer)])
-            finally:
-                await file.close()
-
-        return await self._run(read(), shown)
+        return await self._run(tasks.read_bytes(self.file_system, encoded), shown)
 
     async def write_bytes(self, path: AnyPath, data: object, *, permissions: int = 0o644) -> int:
         """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
         encoded, shown = _path(path)
         view = as_bytes_view(data, writable=False)
-        file_system, owner = self.file_system, self.owner
-
-        async def write() -> int:
-            file = await tree.open_file(
-                file_system,
-                encoded,
-                writable=True,
-                create=True,
-                truncate=True,
-                permissions=permissions,
-                owner=owner,
-            )
-            try:
-                await tree.write_whole(file, 0, view)
-            finally:
-                await file.close()
-            return len(view)
-
-        return await self._run(write(), shown)
+        write = tasks.write_bytes(self.file_system, encoded, view, permissions=permissions, owner=self.owner)
+        return await self._run(write, shown)
 
     async def extents(self, path: AnyPath, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Where the bytes of the file at `path` are on the device, holes included, in order."""
@@ -592,44 +483,25 @@ class Volume:
     async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
         """The extended attributes of what is at `path`, by their full names ("user.comment")."""
         encoded, shown = _path(path)
-        file_system = self.file_system
-
-        async def read() -> dict[bytes, bytes]:
-            found = await resolve(file_system, encoded, follow=follow_symlinks)
-            return await file_system.xattrs(found.inode)
-
-        return {os.fsdecode(name): value for name, value in (await self._run(read(), shown)).items()}
+        return await self._run(tasks.xattrs(self.file_system, encoded, follow=follow_symlinks), shown)
 
     # Making.
 
     async def mkdir(self, path: AnyPath, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
         encoded, shown = _path(path)
-        file_system, owner = self.file_system, self.owner
-
-        async def make() -> None:
-            if parents:
-                await tree.make_directories(file_system, encoded, permissions=mode, owner=owner, exist_ok=exist_ok)
-                return
-            try:
-                await tree.make(file_system, encoded, stat.S_IFDIR | stat.S_IMODE(mode), owner=owner)
-            except PathError as error:
-                there = exist_ok and error.errno == errno.EEXIST
-                if not there or not await tree.is_directory(file_system, encoded):
-                    raise
-
-        await self._run(make(), shown)
+        make = tasks.make_directory(
+            self.file_system, encoded, mode, owner=self.owner, parents=parents, exist_ok=exist_ok
+        )
+        await self._run(make, shown)
 
     async def makedirs(self, path: AnyPath, mode: int = 0o755, exist_ok: bool = False) -> None:
         """Make a directory and what is missing above it, as `os.makedirs` does."""
         await self.mkdir(path, mode, parents=True, exist_ok=exist_ok)
 
-    async def mknod(self, path: AnyPath, mode: int = _NEW_NODE, device: int = 0) -> None:
+    async def mknod(self, path: AnyPath, mode: int = tasks.NEW_NODE, device: int = 0) -> None:
         """Make an empty file, fifo, socket or device; mode: its type (a file, if none is said) and permissions."""
-        kind = stat.S_IFMT(mode) or stat.S_IFREG
-        if kind in (stat.S_IFDIR, stat.S_IFLNK):
-            raise PathError("mknod makes no directories and no links", errno=errno.EPERM, path=os.fspath(path))
-        await self._make(path, kind | stat.S_IMODE(mode), device_number=device)
+        await self._make(path, tasks.node_mode(mode, os.fspath(path)), device_number=device)
 
     async def symlink(self, target: AnyPath, path: AnyPath) -> None:
         """Make `path` a symbolic link to `target`, which need not be there, and is kept as it is given."""
@@ -671,27 +543,12 @@ class Volume:
     async def chmod(self, path: AnyPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
         encoded, shown = _path(path)
-        file_system = self.file_system
-
-        async def change() -> None:
-            if not follow_symlinks:
-                found = await resolve(file_system, encoded, follow=False)
-                if found.kind is FileKind.SYMLINK:
-                    raise UnsupportedError("a symbolic link has no permissions of its own")
-            await tree.change(file_system, encoded, mode=stat.S_IMODE(mode))
-
-        await self._run(change(), shown)
+        await self._run(tasks.change_mode(self.file_system, encoded, mode, follow=follow_symlinks), shown)
 
     async def chown(self, path: AnyPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
         """Set the owner and group of what is at `path`; -1 leaves one as it is."""
         encoded, shown = _path(path)
-        change = tree.change(
-            self.file_system,
-            encoded,
-            follow=follow_symlinks,
-            uid=None if uid == _KEEP else uid,
-            gid=None if gid == _KEEP else gid,
-        )
+        change = tasks.change_owner(self.file_system, encoded, uid, gid, follow=follow_symlinks)
         await self._run(change, shown)
 
     async def utime(
@@ -703,15 +560,9 @@ class Volume:
         follow_symlinks: bool = True,
     ) -> None:
         """Set the times of access and change, in seconds or nanoseconds; without either, to now."""
-        if times is not None and ns is not None:
-            raise ValueError("utime takes times or ns, not both")
-        if times is not None:
-            ns = (int(times[0] * 1_000_000_000), int(times[1] * 1_000_000_000))
-        elif ns is None:
-            now_ns = wall_ns()
-            ns = (now_ns, now_ns)
+        chosen_ns = tasks.chosen_times(times, ns)
         encoded, shown = _path(path)
-        change = tree.change(self.file_system, encoded, follow=follow_symlinks, atime_ns=ns[0], mtime_ns=ns[1])
+        change = tasks.change_times(self.file_system, encoded, chosen_ns, follow=follow_symlinks)
         await self._run(change, shown)
 
     async def set_xattr(self, path: AnyPath, name: str | bytes, value: bytes, *, follow_symlinks: bool = True) -> None:
@@ -761,9 +612,6 @@ class Volume:
         else:
             loop.call_soon_threadsafe(self._open.begin_closing)
 
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("an open volume cannot be copied or pickled")
-
     # How.
 
     async def _run(self, coroutine: Coroutine[Any, Any, T], shown: object) -> T:
@@ -784,13 +632,7 @@ class Volume:
 
     async def _change_xattr(self, path: AnyPath, name: str | bytes, value: bytes | None, follow: bool) -> None:
         encoded, shown = _path(path)
-        file_system = self.file_system
-
-        async def change() -> None:
-            found = await resolve(file_system, encoded, follow=follow)
-            await file_system.set_xattr(found.inode, os.fsencode(name), value)
-
-        await self._run(change(), shown)
+        await self._run(tasks.change_xattr(self.file_system, encoded, name, value, follow=follow), shown)
 
     async def _kind(self, path: AnyPath, follow: bool) -> FileKind | None:
         """What is at `path`, None if nothing is: also for links in a ring, and for what cannot be a path."""
@@ -798,14 +640,8 @@ class Volume:
             encoded, shown = _path(path)
         except ValueError:
             return None
-        try:
-            return (await self._run(resolve(self.file_system, encoded, follow=follow), shown)).kind
-        except (MissingError, NotDirectoryError):
-            return None
-        except PathError as error:
-            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-                return None
-            raise
+        found = await self._run(tasks.found_at(self.file_system, encoded, follow=follow), shown)
+        return None if found is None else found.kind
 
     async def _sorted(self, directory: AnyStr) -> tuple[list[AnyStr], list[AnyStr], set[AnyStr]]:
         """The names in a directory: of directories, also by links; of all else; and those of them that are links."""

@@ -10,7 +10,6 @@ import errno
 import operator
 import os
 import threading
-import weakref
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -70,11 +69,16 @@ def open(
 
     Raises ValueError for a mode or access that is none, and what `dio.opening.open_file` raises.
     """
-    if access not in ("auto", "strict"):
-        raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
-    flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0) | (ATOMIC if atomic else 0)
+    flags = request_flags(access, dsync=dsync, nowait=nowait, hipri=hipri, atomic=atomic)
     opened = open_file(path, mode, strict=access == "strict", overwrite_in_use=overwrite_in_use)
     return File(opened, access, flags)
+
+
+def request_flags(access: Access, *, dsync: bool, nowait: bool, hipri: bool, atomic: bool) -> int:
+    """The flags of every request of a file that is opened so. Raises ValueError for an access that is none."""
+    if access not in ("auto", "strict"):
+        raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
+    return (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0) | (ATOMIC if atomic else 0)
 
 
 def expected_outcome(state: FileState, op: int, flags: int) -> Outcome:
@@ -148,14 +152,12 @@ class File(RawFile):
         if READ in self._state.refused:
             self._simple.fd = -1
         self._simple_limits = limits
-        self._forget_threads()
         self._local = threading.local()
         self._find_size()
         self._read_outcome = expected_outcome(self._state, READ, flags)
         self._write_outcome = expected_outcome(self._state, WRITE, flags)
         if opened.mode.appends:
             self._position = self._simple.size_hint
-        _files.add(self)
 
     # What it is.
 
@@ -306,8 +308,7 @@ class File(RawFile):
         return self._inside.run(unless_closed)
 
     def _forget_threads(self) -> None:
-        """Nobody is in here: so it is in a new file, and in a forked child, whose only thread is the caller."""
-        self._position_lock = threading.RLock()
+        super()._forget_threads()
         self._inside = Crowd()
         self._gate = WriteGate()
         # What was submitted before a fork is the parent's.
@@ -538,15 +539,3 @@ class File(RawFile):
         if isinstance(error, DeviceError) and number != errno.EINVAL:
             self._state.remember_failed_sync(error)
             raise error
-
-
-#: Open files, of which a forked child has copies.
-_files: weakref.WeakSet[File] = weakref.WeakSet()
-
-
-def _forget_threads() -> None:
-    for file in list(_files):
-        file._forget_threads()
-
-
-os.register_at_fork(after_in_child=_forget_threads)

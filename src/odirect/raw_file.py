@@ -11,6 +11,7 @@ import io
 import operator
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -57,9 +58,10 @@ class RawFile(io.RawIOBase):
         self.mode = mode.shown
         self._mode = mode
         self._tallies = Tallies()
-        self._position_lock = threading.RLock()
         self._position = 0
         self._submission = None
+        self._forget_threads()
+        _files.add(self)
 
     # What it is.
 
@@ -124,7 +126,6 @@ class RawFile(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int | Any:
         """Read into `buffer` from the position, which moves; None if nowait would wait."""
-        self._check_open()  # before the lock, which a forked child may find held for ever
         with self._position_lock:
             try:
                 count = self.preadinto(buffer, self._position)
@@ -135,7 +136,6 @@ class RawFile(io.RawIOBase):
 
     def readall(self) -> bytes | Any:
         """Everything from the position to the end, or up to where nowait would wait; None if that is here."""
-        self._check_open()
         with self._position_lock:
             pieces = []
             try:
@@ -151,7 +151,6 @@ class RawFile(io.RawIOBase):
         """Up to `size` bytes from the position, which moves; all that is left if it is negative."""
         if size is None or size < 0:
             return self.readall()
-        self._check_open()
         with self._position_lock:
             try:
                 data = self.pread(size, self._position)
@@ -162,7 +161,6 @@ class RawFile(io.RawIOBase):
 
     def write(self, buffer: Buffer, /) -> int | Any:
         """Write `buffer` at the position, which moves (at the end, in mode "a"); None if nowait would wait."""
-        self._check_open()
         with self._position_lock:
             try:
                 if self._mode.appends:
@@ -253,6 +251,10 @@ class RawFile(io.RawIOBase):
     ) -> NDArray[numpy.int64]:
         """What `read_batch` and `write_batch` give back."""
 
+    def _forget_threads(self) -> None:
+        """Nobody is in here: so it is in a new file, and in a forked child, whose only thread is the caller."""
+        self._position_lock = threading.RLock()
+
     def _check_open(self) -> None:
         if self.closed:
             raise ClosedError("the file is closed", path=self.name)
@@ -290,3 +292,15 @@ class RawFile(io.RawIOBase):
         """The `repr` of a file of this kind."""
         state = "closed " if self.closed else ""
         return f"<{state}{kind} {os.fsdecode(cast(str, self.name))!r} mode={self.mode!r} access={access!r}>"
+
+
+#: Open files, of which a forked child has copies.
+_files: weakref.WeakSet[RawFile] = weakref.WeakSet()
+
+
+def _forget_threads() -> None:
+    for file in list(_files):
+        file._forget_threads()
+
+
+os.register_at_fork(after_in_child=_forget_threads)

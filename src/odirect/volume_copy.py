@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -122,10 +123,14 @@ def on_host(doing: str, path: str | bytes) -> Iterator[None]:
         raise from_errno(error.errno or errno.EIO, doing, path) from error
 
 
-def temporary_name(name: bytes, number: int) -> bytes:
-    """A hidden name beside `name`, for what is not whole yet."""
-    ending = b".%d-%d.odirect" % (os.getpid(), number)
-    return b"." + name[: _LONGEST_NAME - 1 - len(ending)] + ending
+def temporary_name(name: bytes, taken: Callable[[bytes], bool]) -> bytes:
+    """A hidden name beside `name` that is not `taken`, for what is not whole yet."""
+    for number in itertools.count():
+        ending = b".%d-%d.odirect" % (os.getpid(), number)
+        hidden = b"." + name[: _LONGEST_NAME - 1 - len(ending)] + ending
+        if not taken(hidden):
+            break
+    return hidden
 
 
 def chunks(start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -278,11 +278,7 @@ class _CopyIn:
         if found is not None:
             if found[1] is FileKind.DIRECTORY:
                 raise _not_replaced(self._path_of(item))
-            number = 0
-            temporary = temporary_name(name, number)
-            while self._run(item, self._there(parent, temporary)) is not None:
-                number += 1
-                temporary = temporary_name(name, number)
+            temporary = temporary_name(name, lambda hidden: self._run(item, self._there(parent, hidden)) is not None)
         try:
             yield temporary
             if temporary != name:

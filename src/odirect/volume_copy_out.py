@@ -280,10 +280,7 @@ class _CopyOut:
                     raise DirectoryError("a directory has that name, and is not replaced by what is none")
             except FileNotFoundError:
                 pass
-            number = 0
-            while _is_there(temporary_name(name, number), parent):
-                number += 1
-        temporary = temporary_name(name, number)
+            temporary = temporary_name(name, lambda hidden: _is_there(hidden, parent))
         try:
             yield temporary
             with self._on_host(item, "giving it its name"):

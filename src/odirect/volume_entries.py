@@ -74,8 +74,8 @@ class VolumeEntry(Generic[AnyStr]):
     __slots__ = ("_inode", "_kind", "_stat", "_stats", "name", "path")
 
     def __init__(self, stats: Stats, name: AnyStr, path: AnyStr, inode: int, kind: FileKind) -> None:
-        self.name = name
-        self.path = path
+        self.name: AnyStr = name
+        self.path: AnyStr = path
         self._stats = stats
         self._inode = inode
         self._kind = kind
@@ -121,7 +121,7 @@ class Scan(Generic[AnyStr]):
     """The entries of a directory as it was when it was scanned: an iterator and a context manager."""
 
     def __init__(self, entries: list[VolumeEntry[AnyStr]]) -> None:
-        self._entries = iter(entries)
+        self._entries: Iterator[VolumeEntry[AnyStr]] = iter(entries)
 
     def __iter__(self) -> Iterator[VolumeEntry[AnyStr]]:
         return self

@@ -181,7 +181,7 @@ class FileInVolume(RawFile):
 
     def __del__(self) -> None:
         # Thrown away, at any moment, perhaps in the middle of a step: it is closed with the next call.
-        if hasattr(self, "_submission") and not self.closed:
+        if hasattr(self, "_inside") and not self.closed:
             self._runner.abandon(self._handle)
             super().close()
 

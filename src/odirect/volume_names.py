@@ -8,42 +8,32 @@ do everything in it.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar, overload
 
+from odirect import volume_tasks as tasks
 from odirect.base.errors import (
-    ExistsError,
-    MissingError,
-    NotDirectError,
-    NotDirectoryError,
     ODirectError,
     PathError,
-    UnsupportedError,
 )
-from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
-from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.buffers import as_bytes_view
 from odirect.dio.mapping import Extent
 from odirect.dio.opening import parse_mode
 from odirect.dio.outcome import Outcome, Reason
 from odirect.fs import tree
-from odirect.fs.base import ACCESSES, Access, Attributes, FileKind, FileSystem
+from odirect.fs.base import Access, Attributes, FileKind, FileSystem
 from odirect.fs.paths import path_bytes, resolve
 from odirect.fs.tree import Owner
-from odirect.sched.clock import wall_ns
 from odirect.volume_entries import Scan, VolumeEntry, stat_result
+from odirect.volume_facts import device_number
 from odirect.volume_file import FileInVolume
 from odirect.volume_runner import Runner, named
 
 T = TypeVar("T")
 _Name = TypeVar("_Name", str, bytes)
-
-# What `chown` leaves as it is.
-_KEEP = -1
-_NEW_NODE = stat.S_IFREG | 0o600
 
 
 class InVolume:
@@ -81,8 +71,7 @@ class VolumeNames:
         self._reasons = reasons
         self._seen = seen
         self._files: weakref.WeakSet[FileInVolume] = weakref.WeakSet()
-        # Equal for the same volume, so that `os.path.samestat` works within it, and unequal for others.
-        self._device = int.from_bytes(file_system.uuid[:4], "little")
+        self._device = device_number(file_system)
 
     # Files.
 
@@ -108,25 +97,12 @@ class VolumeNames:
         Raises MissingError, ExistsError, DirectoryError, UnsupportedError for what has no bytes, ReadOnlyError.
         """
         opening = parse_mode(mode)
-        if access not in ACCESSES:
-            raise ValueError(f"access {access!r}: use 'auto', 'strict' or 'buffered'")
         encoded, shown = self._path(path)
-        for op, wanted in ((READ, opening.readable), (WRITE, opening.writable)):
-            if access == "strict" and wanted and op in self._reasons:
-                message = f"the volume's image does not go past the page cache: {self._reasons[op].value}"
-                raise NotDirectError(message, path=shown)
-        flags = (FUA if dsync else 0) | (NOWAIT if nowait else 0) | (HIPRI if hipri else 0)
+        flags = tasks.transfer_flags(opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri)
 
         async def begin() -> FileInVolume:
-            handle = await tree.open_file(
-                self.file_system,
-                encoded,
-                writable=opening.writable,
-                create=opening.create,
-                exclusive=opening.exclusive,
-                truncate=opening.truncate,
-                permissions=permissions,
-                owner=self.owner,
+            handle = await tasks.open_file(
+                self.file_system, encoded, opening, permissions=permissions, owner=self.owner
             )
             return FileInVolume(self.runner, handle, shown, opening, access, flags, self._seen, self)
 
@@ -137,39 +113,14 @@ class VolumeNames:
     def read_bytes(self, path: AnyPath) -> bytes:
         """All bytes of the file at `path`."""
         encoded, shown = self._path(path)
-
-        async def read() -> bytes:
-            file = await tree.open_file(self.file_system, encoded, writable=False)
-            try:
-                buffer = empty(file.size_bytes)
-                return bytes(buffer[: await tree.read_whole(file, buffer)])
-            finally:
-                await file.close()
-
-        return self.run(read(), shown)
+        return self.run(tasks.read_bytes(self.file_system, encoded), shown)
 
     def write_bytes(self, path: AnyPath, data: object, *, permissions: int = 0o644) -> int:
         """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
         encoded, shown = self._path(path)
         view = as_bytes_view(data, writable=False)
-
-        async def write() -> int:
-            file = await tree.open_file(
-                self.file_system,
-                encoded,
-                writable=True,
-                create=True,
-                truncate=True,
-                permissions=permissions,
-                owner=self.owner,
-            )
-            try:
-                await tree.write_whole(file, 0, view)
-            finally:
-                await file.close()
-            return len(view)
-
-        return self.run(write(), shown)
+        write = tasks.write_bytes(self.file_system, encoded, view, permissions=permissions, owner=self.owner)
+        return self.run(write, shown)
 
     def extents(self, path: AnyPath, offset: int = 0, length: int | None = None) -> list[Extent]:
         """Where the bytes of the file at `path` are on the device, holes included, in order."""
@@ -290,40 +241,25 @@ class VolumeNames:
     def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
         """The extended attributes of what is at `path`, by their full names ("user.comment")."""
         encoded, shown = self._path(path)
-
-        async def read() -> dict[bytes, bytes]:
-            found = await resolve(self.file_system, encoded, follow=follow_symlinks)
-            return await self.file_system.xattrs(found.inode)
-
-        return {os.fsdecode(name): value for name, value in self.run(read(), shown).items()}
+        return self.run(tasks.xattrs(self.file_system, encoded, follow=follow_symlinks), shown)
 
     # Making.
 
     def mkdir(self, path: AnyPath, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
         encoded, shown = self._path(path)
-        if parents:
-            self.run(
-                tree.make_directories(self.file_system, encoded, permissions=mode, owner=self.owner, exist_ok=exist_ok),
-                shown,
-            )
-            return
-        try:
-            self._make(path, stat.S_IFDIR | stat.S_IMODE(mode))
-        except ExistsError:
-            if not exist_ok or not self.is_dir(path):
-                raise
+        make = tasks.make_directory(
+            self.file_system, encoded, mode, owner=self.owner, parents=parents, exist_ok=exist_ok
+        )
+        self.run(make, shown)
 
     def makedirs(self, path: AnyPath, mode: int = 0o755, exist_ok: bool = False) -> None:
         """Make a directory and what is missing above it, as `os.makedirs` does."""
         self.mkdir(path, mode, parents=True, exist_ok=exist_ok)
 
-    def mknod(self, path: AnyPath, mode: int = _NEW_NODE, device: int = 0) -> None:
+    def mknod(self, path: AnyPath, mode: int = tasks.NEW_NODE, device: int = 0) -> None:
         """Make an empty file, fifo, socket or device; mode: its type (a file, if none is said) and permissions."""
-        kind = stat.S_IFMT(mode) or stat.S_IFREG
-        if kind in (stat.S_IFDIR, stat.S_IFLNK):
-            raise PathError("mknod makes no directories and no links", errno=errno.EPERM, path=self._path(path)[1])
-        self._make(path, kind | stat.S_IMODE(mode), device_number=device)
+        self._make(path, tasks.node_mode(mode, self._path(path)[1]), device_number=device)
 
     def symlink(self, target: str | bytes | os.PathLike[str] | os.PathLike[bytes], path: AnyPath) -> None:
         """Make `path` a symbolic link to `target`, which need not be there, and is kept as it is given."""
@@ -363,21 +299,12 @@ class VolumeNames:
     def chmod(self, path: AnyPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
         encoded, shown = self._path(path)
-        if not follow_symlinks and self.is_symlink(path):
-            raise UnsupportedError("a symbolic link has no permissions of its own", path=shown)
-        self.run(tree.change(self.file_system, encoded, mode=stat.S_IMODE(mode)), shown)
+        self.run(tasks.change_mode(self.file_system, encoded, mode, follow=follow_symlinks), shown)
 
     def chown(self, path: AnyPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
         """Set the owner and group of what is at `path`; -1 leaves one as it is."""
         encoded, shown = self._path(path)
-        change = tree.change(
-            self.file_system,
-            encoded,
-            follow=follow_symlinks,
-            uid=None if uid == _KEEP else uid,
-            gid=None if gid == _KEEP else gid,
-        )
-        self.run(change, shown)
+        self.run(tasks.change_owner(self.file_system, encoded, uid, gid, follow=follow_symlinks), shown)
 
     def utime(
         self,
@@ -388,16 +315,9 @@ class VolumeNames:
         follow_symlinks: bool = True,
     ) -> None:
         """Set the times of access and change, in seconds or nanoseconds; without either, to now."""
-        if times is not None and ns is not None:
-            raise ValueError("utime takes times or ns, not both")
-        if times is not None:
-            ns = (int(times[0] * 1_000_000_000), int(times[1] * 1_000_000_000))
-        elif ns is None:
-            now_ns = wall_ns()
-            ns = (now_ns, now_ns)
+        chosen_ns = tasks.chosen_times(times, ns)
         encoded, shown = self._path(path)
-        change = tree.change(self.file_system, encoded, follow=follow_symlinks, atime_ns=ns[0], mtime_ns=ns[1])
-        self.run(change, shown)
+        self.run(tasks.change_times(self.file_system, encoded, chosen_ns, follow=follow_symlinks), shown)
 
     def set_xattr(self, path: AnyPath, name: str | bytes, value: bytes, *, follow_symlinks: bool = True) -> None:
         """Set an extended attribute; name: in full ("user.comment")."""
@@ -450,12 +370,7 @@ class VolumeNames:
 
     def _change_xattr(self, path: AnyPath, name: str | bytes, value: bytes | None, follow: bool) -> None:
         encoded, shown = self._path(path)
-
-        async def change() -> None:
-            found = await resolve(self.file_system, encoded, follow=follow)
-            await self.file_system.set_xattr(found.inode, os.fsencode(name), value)
-
-        self.run(change(), shown)
+        self.run(tasks.change_xattr(self.file_system, encoded, name, value, follow=follow), shown)
 
     def _found(self, path: AnyPath, follow: bool) -> Attributes | None:
         """What is at `path`, None if nothing is: also for links in a ring, and for what cannot be a path."""
@@ -465,14 +380,7 @@ class VolumeNames:
             if isinstance(path, InVolume):
                 raise
             return None
-        try:
-            return self.run(resolve(self.file_system, encoded, follow=follow), shown)
-        except (MissingError, NotDirectoryError):
-            return None
-        except PathError as error:
-            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-                return None
-            raise
+        return self.run(tasks.found_at(self.file_system, encoded, follow=follow), shown)
 
     def _kind(self, path: AnyPath, follow: bool) -> FileKind | None:
         found = self._found(path, follow)

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from odirect.base.errors import InUseError, from_errno
 from odirect.block.bio import READ, WRITE
@@ -23,8 +24,14 @@ from odirect.block.queue import RingQueue
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Reason
 from odirect.ring.choose import open_ring
+from odirect.sched.clock import wall_ns
 from odirect.sched.scheduler import Pollable, Scheduler
 
+if TYPE_CHECKING:
+    from odirect.fs.base import FileSystem
+
+#: No file system here has smaller blocks.
+SMALLEST_BLOCK_BYTES = 1024
 # Threads for an image whose direct I/O is refused.
 _CACHE_WORKERS = 4
 # What an event loop's own ring takes at once, and its threads where there is no io_uring: nobody waits in it.
@@ -160,6 +167,20 @@ class Image:
         self.device.close()
         self.scheduler.remove_device(queue)
         queue.close()
+
+
+async def mount(image: Image, device: BlockDevice, *, writable: bool, use_reserved: bool) -> FileSystem:
+    """The file system in an image, open. device: the image's, or the one `beside` it."""
+    from odirect.fs.probe import open_filesystem
+
+    return await open_filesystem(
+        device,
+        name=image.name,
+        writable=writable,
+        scheduler=image.scheduler,
+        clock_ns=wall_ns,
+        privileged=use_reserved,
+    )
 
 
 def open_image(path: Path, *, writable: bool, overwrite_in_use: bool = False) -> Image:

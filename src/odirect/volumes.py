@@ -19,24 +19,24 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
 from typing import overload
 
 from odirect.base.errors import ODirectError
-from odirect.block.device import BlockDevice, Limits
+from odirect.block.device import BlockDevice
 from odirect.dio.opening import Path
 from odirect.dio.outcome import Outcome
 from odirect.fs.base import FileSystem, Finding
 from odirect.fs.tree import ROOT, Owner
-from odirect.sched.clock import wall_ns
 from odirect.volume_bulk import read_files
 from odirect.volume_copy import Progress, TreeReport
 from odirect.volume_copy_in import copy_in
 from odirect.volume_copy_out import copy_out
 from odirect.volume_entries import statvfs_result
+from odirect.volume_facts import VolumeFacts
 from odirect.volume_names import AnyPath, InVolume, VolumeNames
-from odirect.volume_opening import Image, open_image
+from odirect.volume_opening import SMALLEST_BLOCK_BYTES, Image, mount, open_image
 from odirect.volume_path import VolumePath
 from odirect.volume_runner import Runner, named
 
@@ -79,21 +79,10 @@ def open_volume(
 
 
 def _open_filesystem(image: Image, runner: Runner, *, writable: bool, use_reserved: bool) -> FileSystem:
-    from odirect.fs.probe import open_filesystem
-
     def opened(device: BlockDevice, writing: bool) -> FileSystem:
-        return runner.run(
-            open_filesystem(
-                device,
-                name=image.name,
-                writable=writing,
-                scheduler=image.scheduler,
-                clock_ns=wall_ns,
-                privileged=use_reserved,
-            )
-        )
+        return runner.run(mount(image, device, writable=writing, use_reserved=use_reserved))
 
-    if image.align_bytes > _SMALLEST_BLOCK:
+    if image.align_bytes > SMALLEST_BLOCK_BYTES:
         # Blocks smaller than what the device takes cannot go past the page cache; a look says how large they are.
         with image.beside() as device:
             file_system = opened(device, False)
@@ -103,7 +92,7 @@ def _open_filesystem(image: Image, runner: Runner, *, writable: bool, use_reserv
     return opened(image.device, writable)
 
 
-class Volume(VolumeNames):
+class Volume(VolumeNames, VolumeFacts):
     """An open volume: its files and directories in the manner of `os`, by paths from its root.
 
     Any thread may call; a context manager. `volume / "name"` is a `VolumePath`. A forked child cannot use
@@ -126,59 +115,12 @@ class Volume(VolumeNames):
     # What it is.
 
     @property
-    def kind(self) -> str:
-        """Which file system it is: "ext2"."""
-        return self.file_system.kind
-
-    @property
-    def name(self) -> str:
-        """The path of its image or device."""
-        return self.file_system.name
-
-    @property
-    def label(self) -> str:
-        """The name that was given to it when it was made, or later; "" for none."""
-        return os.fsdecode(self.file_system.label)
-
-    @property
-    def uuid(self) -> str:
-        """Its identity, as 8-4-4-4-12 hexadecimal digits."""
-        digits = self.file_system.uuid.hex()
-        return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
-
-    @property
-    def features(self) -> Sequence[str]:
-        """The format's features that it has, by name."""
-        return tuple(self.file_system.features)
-
-    @property
-    def block_bytes(self) -> int:
-        """The size of its blocks."""
-        return self.file_system.block_bytes
-
-    @property
-    def writable(self) -> bool:
-        """Whether it takes changes: it was opened so, and nothing has failed since."""
-        return not self._closed and self.file_system.writable
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether its bytes go past the page cache, as far as is known before they go."""
-        return self._image is not None and self._image.is_direct
-
-    @property
-    def limits(self) -> Limits:
-        """What its device takes, each figure with its source."""
-        return Limits() if self._image is None else self._image.limits
-
-    @property
     def closed(self) -> bool:
         """Whether it has been closed."""
         return self._closed
 
     def __repr__(self) -> str:
-        state = "closed " if self._closed else ""
-        return f"<{state}odirect.Volume {self.name!r} {self.kind}{' writable' if self.writable else ''}>"
+        return self._shown("odirect.Volume")
 
     def __truediv__(self, segment: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
         return VolumePath(self, segment)
@@ -312,13 +254,6 @@ class Volume(VolumeNames):
         if not self.runner.forked:
             warnings.warn(f"a volume was not closed: {self!r}", ResourceWarning, stacklevel=2, source=self)
         self.close()
-
-    def __reduce_ex__(self, protocol: object) -> str:
-        raise TypeError("an open volume cannot be copied or pickled")
-
-
-#: No file system here has smaller blocks.
-_SMALLEST_BLOCK = 1024
 
 
 #: Closed when the program ends, if nobody has done so.

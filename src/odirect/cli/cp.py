@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -14,6 +14,22 @@ if TYPE_CHECKING:
     from odirect.copying import CopyReport
 
 _STDIN, _STDOUT = 0, 1
+
+
+class _Asked(NamedTuple):
+    """What the options say; see `command`."""
+
+    recursive: bool
+    archive: bool
+    verify: bool
+    sync: bool
+    sparse: bool
+    progress: bool | None
+    as_json: bool
+    strict: bool
+    overwrite_in_use: bool
+    chunk: int | None
+    depth: int | None
 
 
 @click.command("cp")
@@ -45,21 +61,7 @@ _STDIN, _STDOUT = 0, 1
 )
 @click.option("--chunk", type=common.Size(least=1, most=1 << 30), metavar="SIZE", help="Bytes moved by one request.")
 @click.option("--depth", type=click.IntRange(1, 1024), help="Chunks under way at once.")
-def command(
-    sources: tuple[str, ...],
-    target: str,
-    recursive: bool,
-    archive: bool,
-    verify: bool,
-    sync: bool,
-    sparse: bool,
-    progress: bool | None,
-    as_json: bool,
-    strict: bool,
-    overwrite_in_use: bool,
-    chunk: int | None,
-    depth: int | None,
-) -> None:
+def command(sources: tuple[str, ...], target: str, **asked: Any) -> None:
     """Copy files and block devices, past the page cache.
 
     SOURCE and TARGET are files or block devices; TARGET may be a directory, and must be one for several
@@ -79,96 +81,73 @@ def command(
       odirect cp -a build/rootfs/. disk.img:/
       odirect cp -r old.img:/home /dev/sdb1:/
     """
+    wishes = _Asked(**asked)
     if any(places.parse(path) is not None for path in (*sources, target)):
-        _copy_in_volumes(
-            sources,
-            target,
-            recursive=recursive,
-            archive=archive,
-            verify=verify,
-            sync=sync,
-            sparse=sparse,
-            progress=progress,
-            as_json=as_json,
-            strict=strict,
-            overwrite_in_use=overwrite_in_use,
-            chunk=chunk,
-            depth=depth,
-        )
-        return
-    if recursive or archive:
+        _copy_in_volumes(sources, target, wishes)
+    else:
+        _copy_files(sources, target, wishes)
+
+
+def _copy_files(sources: tuple[str, ...], target: str, asked: _Asked) -> None:
+    if asked.recursive or asked.archive:
         raise click.UsageError("trees are copied into volumes and out of them; here neither side is in one")
     to_stdout = target == common.STDIO
     if len(sources) > 1 and not to_stdout and not os.path.isdir(target):
         raise click.UsageError(f"{common.shown(target)} is not a directory, and there are several sources")
-    if to_stdout and (as_json or verify or sync):
+    if to_stdout and (asked.as_json or asked.verify or asked.sync):
         raise click.UsageError("standard output cannot be verified or synced, nor hold the JSON")
-    options: dict[str, Any] = {"access": "strict" if strict else "auto"}
-    if chunk is not None:
-        options["chunk_bytes"] = chunk
-    if depth is not None:
-        options["depth"] = depth
+    options: dict[str, Any] = {"access": "strict" if asked.strict else "auto", **_sizes(asked)}
     if not to_stdout:
-        options |= {"verify": verify, "durable": sync, "overwrite_in_use": overwrite_in_use}
+        options |= {"verify": asked.verify, "durable": asked.sync, "overwrite_in_use": asked.overwrite_in_use}
     for source in sources:
-        report = _copy(source, target, options, sparse, common.wants_progress(progress))
-        if as_json:
+        report = _copy(source, target, options, asked.sparse, common.wants_progress(asked.progress))
+        if asked.as_json:
             common.print_json(_as_json(source, report), indent=None)
-        elif progress is not False:
+        elif asked.progress is not False:
             click.echo(_line(source, report), err=True)
 
 
-def _copy_in_volumes(
-    sources: tuple[str, ...],
-    target: str,
-    *,
-    recursive: bool,
-    archive: bool,
-    verify: bool,
-    sync: bool,
-    sparse: bool,
-    progress: bool | None,
-    as_json: bool,
-    strict: bool,
-    overwrite_in_use: bool,
-    chunk: int | None,
-    depth: int | None,
-) -> None:
+def _sizes(asked: _Asked) -> dict[str, int]:
+    """The sizes that were asked for, for `copying` and `volume_cp`."""
+    sizes = {"chunk_bytes": asked.chunk, "depth": asked.depth}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _copy_in_volumes(sources: tuple[str, ...], target: str, asked: _Asked) -> None:
     """The same where a volume has part in it."""
     from odirect.cli import volume_cp
 
-    if overwrite_in_use:
+    if asked.overwrite_in_use:
         raise click.UsageError("--overwrite-in-use is not for volumes: two that write to one destroy it")
     if target == common.STDIO:
-        if as_json or verify or sync or recursive or archive:
+        if asked.as_json or asked.verify or asked.sync or asked.recursive or asked.archive:
             raise click.UsageError("standard output takes the bytes of files, and nothing else")
         from odirect.cli.cat import command as cat
 
-        cat.callback(sources, 0, None, strict)  # type: ignore[misc]
+        cat.callback(sources, 0, None, asked.strict)  # type: ignore[misc]
         return
     options = volume_cp.Options(
-        recursive=recursive or archive,
-        keep=archive,
-        verify=verify,
-        durable=sync,
-        sparse=sparse,
-        access="strict" if strict else "auto",
-        **{"chunk_bytes": chunk} if chunk is not None else {},
-        **{"depth": depth} if depth is not None else {},
+        recursive=asked.recursive or asked.archive,
+        keep=asked.archive,
+        verify=asked.verify,
+        durable=asked.sync,
+        sparse=asked.sparse,
+        access="strict" if asked.strict else "auto",
+        **_sizes(asked),
     )
 
     def tell(source: str, copied: volume_cp.TreeCopied) -> None:
-        if as_json:
+        if asked.as_json:
             common.print_json({**_as_json(source, copied.report), **volume_cp.as_json(copied)}, indent=None)
-        elif progress is not False:
+        elif asked.progress is not False:
             trees = copied.directories + copied.links + copied.nodes + copied.hard_links
             what = f"{copied.files} files and {trees} others, " if trees or copied.files > 1 else ""
             click.echo(_line(source, copied.report, what), err=True)
-        if not as_json:
+        if not asked.as_json:
             for missed in copied.left_out:
                 click.echo(f"odirect: not kept: {missed}".encode("utf-8", "replace"), err=True)
 
-    volume_cp.copy_all(list(sources), target, options, common.wants_progress(progress), tell)
+    volume_cp.copy_all(list(sources), target, options, common.wants_progress(asked.progress), tell)
 
 
 def _copy(source: str, target: str, options: dict[str, Any], sparse: bool, progress: bool) -> CopyReport:

@@ -8,11 +8,11 @@ goes through `dio.plainfile`.
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 
 from odirect.base import trace
 from odirect.base.errors import DeviceError, ODirectError, from_errno
+from odirect.base.units import checked_offset
 from odirect.block.bio import ATOMIC, FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import as_bytes_view
 from odirect.block.device import Limits
@@ -83,11 +83,30 @@ class Request:
         return f"<Request {VERB[self.op]} {self.length} bytes at {self.offset}: {state}>"
 
 
+class Started:
+    """The requests of one open file that were started and are not done; `notify` is told once of each that is."""
+
+    def __init__(self, notify: Callable[[Request], None]) -> None:
+        self.notify = notify
+        #: How many they are.
+        self.pending = 0
+
+    def _settle(self, request: Request, transferred: int, outcome: Outcome) -> None:
+        self.pending -= 1
+        request.transferred, request.outcome, request.exception = transferred, outcome, None
+        self.notify(request)
+
+    def _fail(self, request: Request, error: BaseException) -> None:
+        self.pending -= 1
+        request.transferred, request.outcome, request.exception = 0, None, error
+        self.notify(request)
+
+
 #: Requests that are handed over together, where each need not wait for all that are started in a burst.
-_HAND_OVER = 8
+_HAND_OVER = 4
 
 
-class Requests:
+class Requests(Started):
     """Starts requests on one open file, on one scheduler and ring.
 
     device: the file past the page cache, None where that is refused; plain: for all that is not
@@ -106,13 +125,12 @@ class Requests:
         expected: tuple[Outcome, Outcome],
         notify: Callable[[Request], None],
     ) -> None:
+        super().__init__(notify)
         self.expected = expected
         # Counted from 0 where a burst is handed over in parts; from past that number it never comes to it.
         self._unsent = _HAND_OVER + 1
         self._on_uring = False
-        self.notify = notify
-        #: Requests that are not done, and those of them that are tasks.
-        self.pending = 0
+        #: Those that are tasks.
         self.tasks = 0
         self._state = state
         self.order = plain.order
@@ -247,9 +265,7 @@ class Requests:
             request = self.start_now(op, offset, buffer, tag)
             if request is not None:
                 return request
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        offset = checked_offset(offset)
         view = as_bytes_view(buffer, writable=op == READ)
         request = Request(self, op, offset, len(view), view, tag)
         self.pending += 1
@@ -282,13 +298,3 @@ class Requests:
                 self._simple.fd = -1
             self.tasks -= 1
             self._settle(request, moved.transferred, moved.outcome)
-
-    def _settle(self, request: Request, transferred: int, outcome: Outcome) -> None:
-        self.pending -= 1
-        request.transferred, request.outcome, request.exception = transferred, outcome, None
-        self.notify(request)
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        self.pending -= 1
-        request.transferred, request.outcome, request.exception = 0, None, error
-        self.notify(request)

@@ -7,19 +7,19 @@ one bio. Any other, and one that did not go through whole, becomes a task that g
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable
 from typing import cast
 
 from odirect.base import trace
 from odirect.base.errors import ODirectError, from_errno
+from odirect.base.units import checked_offset
 from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE, Bio
 from odirect.block.buffers import as_bytes_view
 from odirect.block.file_device import FileDevice, transfer_flags
 from odirect.dio.blockdev import REFUSALS
 from odirect.dio.outcome import Kind, Outcome, Promise
 from odirect.dio.piece import TRANSIENT, VERB
-from odirect.dio.requests import Request
+from odirect.dio.requests import Request, Started
 from odirect.fs.base import Access
 from odirect.fs.file import NodeFile
 from odirect.ring._calls import DirectHandle
@@ -66,7 +66,7 @@ class VolumeRequest(Request):
         starter.notify(self)
 
 
-class NodeRequests:
+class NodeRequests(Started):
     """Starts requests on one handle. A `dio.submission.Starter`.
 
     notify: called once with every request that is done, where completions are dispatched. guard: held while
@@ -83,8 +83,7 @@ class NodeRequests:
         *,
         guard: contextlib.AbstractContextManager[object] | None = None,
     ) -> None:
-        self.pending = 0
-        self.notify = notify
+        super().__init__(notify)
         self._file = file
         self._node = file.node
         self.in_flight = file.node.in_flight
@@ -161,9 +160,7 @@ class NodeRequests:
 
     def start_task(self, op: int, offset: int, buffer: object, tag: object) -> Request:
         """See `Starter`."""
-        offset = operator.index(offset)
-        if offset < 0:
-            raise ValueError(f"the offset is {offset}; it cannot be negative")
+        offset = checked_offset(offset)
         view = as_bytes_view(buffer, writable=op == READ)
         request = VolumeRequest(self, op, offset, len(view), view, tag)
         self.pending += 1
@@ -211,13 +208,3 @@ class NodeRequests:
             self._fail(request, error)
         else:
             self._settle(request, done.transferred, done.outcome)
-
-    def _settle(self, request: VolumeRequest, transferred: int, outcome: Outcome) -> None:
-        self.pending -= 1
-        request.transferred, request.outcome, request.exception = transferred, outcome, None
-        self.notify(request)
-
-    def _fail(self, request: VolumeRequest, error: BaseException) -> None:
-        self.pending -= 1
-        request.transferred, request.outcome, request.exception = 0, None, error
-        self.notify(request)

@@ -149,6 +149,10 @@ cdef enum:
     BATCH_LOOK = 1
     # How long the native loop may run without looking for signals.
     LOOK_NS = 100000000
+    # The native loop hands over so many operations at once, and waits for at most so many answers: a device that
+    # gets a whole burst has nothing to do while the next is made ready.
+    HAND_OVER = 4
+    MOST_WANTED = 8
 
 
 cdef struct Slot:
@@ -1001,12 +1005,17 @@ cdef class UringRing:
                 tail += 1
                 batch.next += 1
                 batch.in_flight += 1
+                if tail - ring.tail == HAND_OVER:
+                    # The device begins while the rest is made ready; what it does not take now goes with the rest.
+                    ring.tail = tail
+                    od_store(ring.sq_tail, tail)
+                    od_enter(ring, tail - od_load(ring.sq_head), 0, 0)
             if batch.in_flight == 0:
                 return BATCH_DONE
             ring.tail = tail
             od_store(ring.sq_tail, tail)
             to_submit = tail - od_load(ring.sq_head)
-            want = max(1, batch.in_flight // 8)
+            want = min(max(batch.in_flight // 8, 1), MOST_WANTED)
             result = od_enter(ring, to_submit, want, OD_ENTER_GETEVENTS)
             if result < 0 and result != -EINTR:
                 if result != -EAGAIN and result != -EBUSY:

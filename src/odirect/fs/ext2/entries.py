@@ -165,13 +165,10 @@ def add_entries(volume: Volume, directory: Ext2Inode, names: Sequence[tuple[byte
             # Both would be seen at once after a crash.
             raise NeedsCommit("the name was removed, and is on the disk still")
         need = entry_bytes(len(name))
-        # Behind the one before there often is room for the next.
-        if (
-            room is None
-            or room.start + need > room.end
-            or (room.head + 4) // sector != (room.start + need - 1) // sector
-        ):
-            room = _find_room(volume, directory, need) or _add_block(volume, directory)
+        # Behind the one before there often is room for the next, or in the free entry after it.
+        if room is None or not _fits(room, need, sector):
+            room = _next_free(volume, room, need, sector) if room is not None else None
+            room = room or _find_room(volume, directory, need) or _add_block(volume, directory)
         view = volume.cache.change(room.block, ENTRY)
         if room.head >= 0:
             _set_length(view, room.head, room.start - room.head)
@@ -184,6 +181,26 @@ def add_entries(volume: Volume, directory: Ext2Inode, names: Sequence[tuple[byte
     volume.cache.undo(lambda: notes.hints.pop(directory.number, None))
     _changed(volume, directory, drop_index=True)
     return blocks
+
+
+def _fits(room: _Room, need: int, sector: int) -> bool:
+    """Whether an entry of `need` bytes has room there, so that one sector changes."""
+    changes = room.start if room.head < 0 else room.head + 4
+    return room.start + need <= room.end and changes // sector == (room.start + need - 1) // sector
+
+
+def _next_free(volume: Volume, room: _Room, need: int, sector: int) -> _Room | None:
+    """The free entry right behind `room`, if there is one that serves."""
+    view = volume.cache.get(room.block)
+    at = room.end
+    if len(view) - at < LEAST_ENTRY_BYTES:
+        return None
+    inode, rec_len, _, _ = _HEAD.unpack_from(view, at)
+    found = _Room(room.block, -1, at, at + rec_len)
+    sound = not rec_len & 3 and at + rec_len <= len(view)
+    if inode or not sound or not _fits(found, need, sector) or volume.cache.held_back(room.block, at):
+        return None
+    return found
 
 
 def remove_entry(volume: Volume, directory: Ext2Inode, found: FoundEntry) -> None:
