@@ -112,7 +112,7 @@ def test_reads_every_file_of_a_tree(mkfs: tuple[str, ...], tmp_path: Path) -> No
     image = tmp_path / "mke2fs.img"
     with image.open("wb") as file:
         file.truncate(64 << 20)
-    words = [needs_tool("mke2fs"), "-q", "-F", "-t", "ext2", *mkfs, "-d", tmp_path / "tree", image]
+    words = [needs_tool("mke2fs"), "-q", "-F", "-t", "ext2", *mkfs, "-d", str(tmp_path / "tree"), str(image)]
     subprocess.run(words, check=True, capture_output=True)
     with odirect.open_volume(image) as volume:
         assert dict(volume.read_files()) == expected
@@ -203,7 +203,7 @@ def test_who_has_extended_attributes(inode_bytes: int, tmp_path: Path) -> None:
             for name in ("none", "block", "behind"):
                 volume.write_bytes(f"/{name}", b"x")
             volume.set_xattr("/block", "user.a", b"b" * 500)
-        words = [needs_tool("debugfs"), "-w", "-R", "ea_set /behind user.short value", image]
+        words = [needs_tool("debugfs"), "-w", "-R", "ea_set /behind user.short value", str(image)]
         subprocess.run(words, check=True, capture_output=True)
         with odirect.open_volume(image) as volume:
             numbers = {name: volume.stat(f"/{name}").st_ino for name in ("none", "block", "behind")}

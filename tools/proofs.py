@@ -21,7 +21,9 @@ def quoted(*nodes: ast.ClassDef | Function) -> set[str]:
     """The row ids in the names and docstrings of these."""
     text = " ".join(f"{node.name} {ast.get_docstring(node) or ''}" for node in nodes)
     # "F04-F08" and "B01–B03" quote their ends alone: a proof says which row it proves.
-    return {found.upper() for found in re.findall(r"(?<![A-Za-z0-9])([BFGbfg][0-9]{2})(?![0-9])", text.replace("_", " "))}
+    return {
+        found.upper() for found in re.findall(r"(?<![A-Za-z0-9])([BFGbfg][0-9]{2})(?![0-9])", text.replace("_", " "))
+    }
 
 
 def tests_by_row() -> dict[str, list[str]]:

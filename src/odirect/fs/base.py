@@ -355,9 +355,9 @@ class FileSystem(ABC):
                         await self._write_whole(file, new)
                     finally:
                         await file.close()
-                # The directory may have passed its group on.
+                # The directory may have passed its group on; a change of owner by itself takes the set-id bits away.
                 await self.set_attributes(
-                    number, uid=new.uid, gid=new.gid, atime_ns=new.atime_ns, mtime_ns=new.mtime_ns
+                    number, mode=new.mode, uid=new.uid, gid=new.gid, atime_ns=new.atime_ns, mtime_ns=new.mtime_ns
                 )
             except Exception:
                 with contextlib.suppress(ODirectError):

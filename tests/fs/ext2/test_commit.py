@@ -154,7 +154,7 @@ def test_a_change_that_asks_for_a_commit_gets_one() -> None:
     def never() -> None:
         raise NeedsCommit("again")
 
-    with pytest.raises(NoSpaceError, match="no room after [0-9]+ commits: again"):
+    with pytest.raises(NoSpaceError, match=r"no room after [0-9]+ commits: again"):
         volume.change(never)
 
 
