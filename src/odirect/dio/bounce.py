@@ -61,7 +61,7 @@ class Moved(NamedTuple):
     outcome: Outcome
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A run of a request; reason NONE: it can go direct."""
 
     start: int
@@ -91,9 +91,9 @@ async def read(
     if not count:
         return Moved(0, DIRECT_READ)
     limits = route.device.limits
-    parts = _plan(limits, limits.read_align, offset, segments, count, cut=count < length)
+    parts = plan(limits, limits.read_align, offset, segments, count, cut=count < length)
     if len(parts) > 1 and count <= _READ_WHOLE_BELOW <= route.pool.chunk_bytes:
-        parts = [_Part(0, count, next(part.reason for part in parts if part.reason))]
+        parts = [Part(0, count, next(part.reason for part in parts if part.reason))]
     done = 0
     outcome: Outcome | None = None
     for part in parts:
@@ -150,7 +150,7 @@ async def write(
     unit = limits.write_align if route.twin is not None else max(limits.read_align, limits.write_align)
     done = 0
     outcome: Outcome | None = None
-    parts = _plan(limits, unit, offset, segments, length)
+    parts = plan(limits, unit, offset, segments, length)
     if flags & NOWAIT:
         parts = _without_waiting(parts, offset)
     for number, part in enumerate(parts):
@@ -176,13 +176,13 @@ async def write(
     return Moved(done, outcome or Outcome(Kind.DIRECT, promise=promise))
 
 
-def _tell(route: Route, offset: int, part: _Part) -> None:
+def _tell(route: Route, offset: int, part: Part) -> None:
     """A part that bounces, for the trace."""
     where = {"offset": offset + part.start, "length": part.length}
     trace.emit(route.traced, "bounce", reason=part.reason.value, **where)
 
 
-def _without_waiting(parts: list[_Part], offset: int) -> list[_Part]:
+def _without_waiting(parts: list[Part], offset: int) -> list[Part]:
     """What NOWAIT can do of a write: merging a part of a block, and copying, may wait (F08)."""
     direct = list(takewhile(lambda part: part.reason is Reason.NONE, parts))
     if not direct:
@@ -190,9 +190,9 @@ def _without_waiting(parts: list[_Part], offset: int) -> list[_Part]:
     return direct
 
 
-def _plan(
+def plan(
     limits: Limits, unit: int, offset: int, segments: Sequence[memoryview], length: int, *, cut: bool = False
-) -> list[_Part]:
+) -> list[Part]:
     """Head, body and tail of a request, or the whole as one part if its memory is misaligned.
 
     cut: the request was cut at the end of the file, which is why its tail bounces.
@@ -202,11 +202,11 @@ def _plan(
     tail = length - head - body
     if body and not segments_aligned(slice_segments(segments, head, body), limits.memory_align, unit):
         reason = Reason.MISALIGNED_OFFSET if head else Reason.MISALIGNED_MEMORY
-        return [_Part(0, length, reason)]
+        return [Part(0, length, reason)]
     parts = [
-        _Part(0, head, Reason.MISALIGNED_OFFSET),
-        _Part(head, body, Reason.NONE),
-        _Part(head + body, tail, Reason.END_OF_FILE if cut else Reason.MISALIGNED_LENGTH),
+        Part(0, head, Reason.MISALIGNED_OFFSET),
+        Part(head, body, Reason.NONE),
+        Part(head + body, tail, Reason.END_OF_FILE if cut else Reason.MISALIGNED_LENGTH),
     ]
     return [part for part in parts if part.length]
 

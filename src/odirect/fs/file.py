@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from odirect.base.errors import (
     AlignmentError,
@@ -36,6 +36,7 @@ from odirect.block.bio import FUA, HIPRI, NOWAIT, READ, WRITE
 from odirect.block.buffers import empty, gather_bytes, scatter_bytes, segments_aligned, slice_segments
 from odirect.block.device import BlockDevice, Limits
 from odirect.cache.pagecache import FilePages, PageCache
+from odirect.dio.bounce import Part, plan
 from odirect.dio.completion import DeferredQueue
 from odirect.dio.engine import DioFlags, DirectRequest, direct_io
 from odirect.dio.mapping import Extent, Mapper
@@ -380,9 +381,9 @@ class FileNode(ABC):
 
     async def _split_read(self, offset: int, segments: Sequence[memoryview], count: int, cut: bool, flags: int) -> Done:
         """Head and tail, or the whole, through private memory."""
-        parts = _plan(self.limits, self.limits.read_align, offset, segments, count, cut=cut)
+        parts = plan(self.limits, self.limits.read_align, offset, segments, count, cut=cut)
         if len(parts) > 1 and count <= _READ_WHOLE_BELOW:
-            parts = [_Part(0, count, next(part.reason for part in parts if part.reason))]
+            parts = [Part(0, count, next(part.reason for part in parts if part.reason))]
         done = 0
         outcome: Outcome | None = None
         for part in parts:
@@ -397,7 +398,7 @@ class FileNode(ABC):
                 break
         return Done(done, outcome or _DIRECT)
 
-    async def _bounced_read(self, offset: int, segments: Sequence[memoryview], part: _Part, flags: int) -> Done:
+    async def _bounced_read(self, offset: int, segments: Sequence[memoryview], part: Part, flags: int) -> Done:
         unit = max(self.limits.read_align, self.limits.memory_align)
         end = offset + part.length
         memory = empty(min(align_up(end, unit) - align_down(offset, unit), _BOUNCE_BYTES))
@@ -521,7 +522,7 @@ class FileNode(ABC):
         self, writing: _Writing, offset: int, segments: Sequence[memoryview], length: int, flags: int
     ) -> Done:
         """Whole blocks direct, what is left of them at either end by a page that is written back at once (V04)."""
-        parts = _plan(self.limits, max(self.block_bytes, self.limits.write_align), offset, segments, length)
+        parts = plan(self.limits, max(self.block_bytes, self.limits.write_align), offset, segments, length)
         done = 0
         outcome: Outcome | None = None
         for number, part in enumerate(parts):
@@ -546,7 +547,7 @@ class FileNode(ABC):
         return Done(done, outcome or _WRITTEN)
 
     async def _bounced_write(
-        self, writing: _Writing, offset: int, segments: Sequence[memoryview], part: _Part, flags: int
+        self, writing: _Writing, offset: int, segments: Sequence[memoryview], part: Part, flags: int
     ) -> Done:
         """From misaligned memory, by way of a private copy."""
         unit = self.block_bytes
@@ -799,35 +800,6 @@ class _Writing:
         held, self._held = self._held, None
         if held is not None:
             held.release()
-
-
-class _Part(NamedTuple):
-    """A run of a request; reason NONE: it can go direct."""
-
-    start: int
-    length: int
-    reason: Reason
-
-
-def _plan(
-    limits: Limits, unit: int, offset: int, segments: Sequence[memoryview], length: int, *, cut: bool = False
-) -> list[_Part]:
-    """Head, body and tail of a request, or the whole as one part if its memory is misaligned.
-
-    cut: the request was cut at the end of the file, which is why its tail bounces.
-    """
-    head = min(length, align_up(offset, unit) - offset)
-    body = align_down(length - head, unit)
-    tail = length - head - body
-    if body and not segments_aligned(slice_segments(segments, head, body), limits.memory_align, unit):
-        reason = Reason.MISALIGNED_OFFSET if head else Reason.MISALIGNED_MEMORY
-        return [_Part(0, length, reason)]
-    parts = [
-        _Part(0, head, Reason.MISALIGNED_OFFSET),
-        _Part(head, body, Reason.NONE),
-        _Part(head + body, tail, Reason.END_OF_FILE if cut else Reason.MISALIGNED_LENGTH),
-    ]
-    return [part for part in parts if part.length]
 
 
 def _misaligned(verb: str, offset: int, length: int, unit: int, memory_align: int) -> AlignmentError:
