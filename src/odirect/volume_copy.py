@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from odirect.base.errors import ODirectError, from_errno
@@ -111,16 +111,25 @@ def settle(runner: Runner, task: Task[T] | None) -> None:
         runner.wait_until(lambda: task.done)
 
 
-@contextlib.contextmanager
-def on_host(doing: str, path: str | bytes) -> Iterator[None]:
-    """Turns the host's answers into errors of ours that name the path."""
-    try:
-        yield
-    except ODirectError as error:
-        error.filename = path
-        raise
-    except OSError as error:
-        raise from_errno(error.errno or errno.EIO, doing, path) from error
+class on_host:
+    """Turns the host's answers, within `with`, into errors of ours that name the path."""
+
+    __slots__ = ("_doing", "_path")
+
+    def __init__(self, doing: str, path: str | bytes) -> None:
+        self._doing = doing
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, ODirectError):
+            error.filename = self._path
+        elif isinstance(error, OSError):
+            raise from_errno(error.errno or errno.EIO, self._doing, self._path) from error
 
 
 def temporary_name(name: bytes, taken: Callable[[bytes], bool]) -> bytes:

@@ -293,16 +293,18 @@ class _CopyIn:
     # Files.
 
     def _copy_file(self, item: _Item, parent: int, name: bytes) -> int:
-        with _opened(item) as fd:
-            size = os.fstat(fd).st_size
+        fd, status = _open_item(item)
+        try:
             with self._new_name(item, parent, name) as temporary:
                 inode = self._run(item, self._create(item, parent, temporary, 0o600))
                 handle = self._run(item, self._file_system.open_file(inode, writable=True))
                 try:
-                    self._fill(item, fd, handle, size)
+                    self._fill(item, fd, handle, status.st_size)
                 finally:
                     self._run(item, handle.close())
                 self._finish(item, inode)
+        finally:
+            os.close(fd)
         return inode
 
     def _fill(self, item: _Item, fd: int, handle: VolumeFile, size: int) -> None:
@@ -351,16 +353,19 @@ class _CopyIn:
             directory = self._directories[parent] = self._run(item, self._look_at(parent))
         if name in directory.names:
             return False
-        with _opened(item) as fd:
-            size = os.fstat(fd).st_size
+        fd, status = _open_item(item)
+        try:
+            size = status.st_size
             if size > most or (size > status.st_blocks * _SECTOR_BYTES and _has_holes(item, fd, size)):
                 return False
             with on_host("reading", item.path):
                 if self._keep and _may_have_xattrs(fd):
                     return False
                 content = os.read(fd, size)
-            if len(content) < size:
-                raise InUseError("it became shorter while it was copied", path=item.path)
+        finally:
+            os.close(fd)
+        if len(content) < size:
+            raise InUseError("it became shorter while it was copied", path=item.path)
         if len(self._small) == _MOST_SMALL or self._small_bytes + size > _MOST_SMALL_BYTES:
             self._send_small()
         self._small_bytes += size
@@ -465,19 +470,20 @@ def _not_replaced(path: object) -> DirectoryError:
     return DirectoryError("a directory has that name, and is not replaced by what is none", path=path)
 
 
-@contextlib.contextmanager
-def _opened(item: _Item) -> Iterator[int]:
-    """A descriptor of the very file that was planned for."""
+def _open_item(item: _Item) -> tuple[int, os.stat_result]:
+    """A descriptor of the very file that was planned for, the caller's to close, and what it says now."""
     # The top may have been reached by a link; what is below never is.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if item.parent >= 0 else 0)
     with on_host("opening", item.path):
         fd = os.open(item.path, flags)
     try:
-        if not os.path.samestat(os.fstat(fd), item.status):
+        status = os.fstat(fd)
+        if (status.st_ino, status.st_dev) != (item.status.st_ino, item.status.st_dev):
             raise InUseError("another file has taken its name while it was copied", path=item.path)
-        yield fd
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd, status
 
 
 def _data_runs(item: _Item, fd: int, size: int) -> Iterator[tuple[int, int]]:

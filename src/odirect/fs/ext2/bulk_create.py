@@ -181,12 +181,18 @@ def _make(volume: Ext2, batch: _Batch) -> list[int]:
     by_directory: dict[int, list[int]] = {}
     for index, file in enumerate(batch.files):
         by_directory.setdefault(file.directory, []).append(index)
+    names = {directory: [batch.files[index].name for index in indices] for directory, indices in by_directory.items()}
     now_ns = volume.now_ns()
     numbers = numpy.zeros(len(batch.files), numpy.int64)
+    for directory, indices in by_directory.items():
+        numbers[indices] = volume.new_files(directory, names[directory])
+    # Missed before the names are made, which takes longest.
+    places = [volume.geometry.inode_place(volume.cache, number)[0] for number in numbers.tolist()]
+    volume.cache.get_all(list(dict.fromkeys(places)))
     needs: NeedsCommit | None = None
     for directory, indices in by_directory.items():
         try:
-            numbers[indices] = volume.new_files(directory, [batch.files[index].name for index in indices], now_ns)
+            volume.name_files(directory, names[directory], numbers[indices].tolist(), now_ns)
         except NeedsCommit as need:
             needs = need  # All is undone; but first the other directories say what they need, for the same commit.
     if needs is not None:

@@ -606,8 +606,8 @@ class Ext2(FileSystem):
             for block, count in runs:
                 self.allocator.free_run(block, count, never_used=True)
 
-    def new_files(self, directory_inode: int, names: Sequence[bytes], now_ns: int) -> list[int]:
-        """The numbers of new inodes for files, under new names; their records are the caller's. Plain, for changes."""
+    def new_files(self, directory_inode: int, names: Sequence[bytes]) -> list[int]:
+        """The numbers of new inodes for files that `name_files` will name. Plain, for changes; ExistsError."""
         parent = self._directory(directory_inode)
         known = self._names.get(directory_inode)
         if known is None:
@@ -622,14 +622,19 @@ class Ext2(FileSystem):
             # What is known of a free inode ends here.
             self._inodes.pop(number, None)
             self._maps.pop(number, None)
+        return numbers
+
+    def name_files(self, directory_inode: int, names: Sequence[bytes], numbers: Sequence[int], now_ns: int) -> None:
+        """Put the names of new files into their directory; the inodes' records are the caller's. Plain, for changes."""
+        parent = self._directory(directory_inode)
         file_type = format.FileType.REGULAR
         added = [(name, number, file_type) for name, number in zip(names, numbers, strict=True)]
         blocks = entries.add_entries(self, parent, added)
-        if directory_inode in self._names:
+        known = self._names.get(directory_inode)
+        if known is not None:
             known.update(zip(names, blocks, strict=True))
             self.cache.undo(lambda: [known.pop(name, None) for name in names])
         self._touch_directory(parent, now_ns)
-        return numbers
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
