@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def loop_device(path: Pathish, sector: int = 512, read_only: bool = False, *, di
     finally:
         # Detaching is put off by the kernel while somebody (udev, a failed test) has it open.
         subprocess.run([needs_tool("losetup"), "--detach", device], check=False, capture_output=True)
+        # Who opens the image next must not be told that it is still behind the device.
+        behind = f"/sys/block/{os.path.basename(device)}/loop/backing_file"
+        give_up = time.monotonic() + 10
+        while os.path.exists(behind) and time.monotonic() < give_up:
+            os.sched_yield()
 
 
 @contextlib.contextmanager
