@@ -1307,3 +1307,41 @@ def test_close_is_not_left_half_way(image: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         volume.close()
     assert volume.closed and file_system.closed and file_system.syncs == 1
+
+
+def test_truncating_beside_batches_and_single_reads(volume: Volume) -> None:
+    """A truncate waits for transfers that other threads do past the volume's own scheduler, and ends (G06)."""
+    size = 1 << 20
+    volume.write_bytes("/file", b"x" * size)
+    wrong: list[object] = []
+    with volume.open("/file", "r+") as file:
+        stop = threading.Event()
+
+        def batches() -> None:
+            out = odirect.empty(256 * 4096)
+            try:
+                while not stop.is_set():
+                    file.read_batch([4096 * number for number in range(256)], 4096, out)
+            except BaseException as error:
+                wrong.append(error)
+
+        def singly() -> None:
+            buffer = odirect.empty(4096)
+            try:
+                while not stop.is_set():
+                    for offset in range(0, size, 65536):
+                        file.preadinto(buffer, offset)
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work) for work in (batches, singly)]
+        for thread in threads:
+            thread.start()
+        # In memory nothing goes past the scheduler.
+        for turn in range(60 if volume.kind == "ext2" else 2):
+            file.truncate(size // 2 if turn % 2 else size)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert file.pread(size, 0).rstrip(b"\0") == b"x" * (size // 2)
+    assert wrong == []

@@ -9,7 +9,7 @@ import io
 import operator
 import os
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 from odirect.base import trace
 from odirect.base.errors import ClosedError, ODirectError, UnsupportedError
@@ -30,6 +30,8 @@ from odirect.fs.file import NodeFile
 from odirect.fs.paths import failure
 from odirect.fs.requests import NodeRequests
 from odirect.raw_file import Buffer, RawFile
+from odirect.ring._calls import DirectHandle
+from odirect.sched.interrupts import Quiet
 from odirect.sched.locks import Mutex
 from odirect.sched.traps import gather, this_scheduler
 from odirect.volume_runner import Runner, named
@@ -46,6 +48,14 @@ _OPERATIONS = {"read": READ, "write": WRITE}
 _SEEK_BYTES = 1 << 30
 # What has bytes; space that was allocated and never written reads as zeroes.
 _DATA = (ExtentKind.MAPPED, ExtentKind.DELALLOC, ExtentKind.INLINE, ExtentKind.ENCODED)
+
+
+class _Simple(NamedTuple):
+    """What single system calls need: `inside` judges a request by the file's size, `device` reads from the image."""
+
+    inside: DirectHandle
+    device: DirectHandle
+    outcome: Outcome
 
 
 class FileInVolume(RawFile):
@@ -81,6 +91,18 @@ class FileInVolume(RawFile):
         self._position = handle.size_bytes if mode.appends else 0
         self._submission: _Submission | None = None
         self._inside = Crowd()
+        self._simple = self._simple_way() if mode.readable else None
+
+    def _simple_way(self) -> _Simple | None:
+        """How to read by single system calls, if that can be."""
+        if not self._has_native_loop(READ):
+            return None
+        device = cast(FileDevice, cast(NodeFile, self._handle).node.home.device)
+        limits = device.limits
+        aligns = limits.read_align, limits.write_align, limits.memory_align
+        whole = DirectHandle(device.fd, *aligns)
+        whole.size_hint = device.size_bytes
+        return _Simple(DirectHandle(device.fd, *aligns), whole, self._seen(READ, Outcome(Kind.DIRECT)))
 
     # What it is.
 
@@ -116,7 +138,45 @@ class FileInVolume(RawFile):
         CorruptionError, WouldBlockError, AlignmentError and NotDirectError (strict), ValueError for a
         negative offset.
         """
-        return self._checked_transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
+        count = self._simple_read(buffer, offset)
+        return count or self._checked_transfer(READ, [as_bytes_view(buffer, writable=True)], offset)
+
+    def _simple_read(self, buffer: Buffer, offset: int) -> int:
+        """The bytes read by one system call, if nothing else is needed for them; 0 if something is."""
+        simple = self._simple
+        if simple is None or trace.active is not None:
+            return 0
+        handle = cast(NodeFile, self._handle)
+        node = handle.node
+        simple.inside.size_hint = node.size_bytes
+        length = simple.inside.fits(READ, buffer, offset)
+        if length <= 0 or self.closed:
+            return 0
+
+        def begin() -> int:
+            addr = node.place(READ, offset, length) if handle.may(READ) else -1
+            if addr >= 0:
+                node.in_flight.up()
+                self._runner.work_outside(1)
+            return addr
+
+        def end() -> None:
+            node.in_flight.down()
+            self._runner.work_outside(-1)
+
+        # A handler that raised in between would leave the file waiting for this read for ever.
+        with Quiet():
+            addr = self._runner.call(begin)
+            if addr < 0:
+                return 0
+            try:
+                count = simple.device.pread(buffer, addr)
+            finally:
+                self._runner.call(end)
+        if count != length:
+            return 0  # The general way finds out why.
+        self._tallies.add(simple.outcome, count)
+        return count
 
     def pwrite(self, buffer: Buffer, offset: int) -> int:
         """Write `buffer` at byte `offset`; the number of bytes, fewer only where the volume is full.
@@ -310,14 +370,26 @@ class FileInVolume(RawFile):
         """Do what is simple of a batch on this thread's ring; `results` has the length for each that is done."""
         handle = cast(NodeFile, self._handle)
         device = cast(FileDevice, handle.node.home.device)
-        addrs = self._run(handle.begin_batch(op, offsets, length))
+        begun: list[NDArray[numpy.int64]] = []
+
+        async def begin() -> None:
+            begun.append(await handle.begin_batch(op, offsets, length))
+            self._runner.work_outside(1)
+
+        async def end() -> None:
+            await handle.end_batch(op)
+            self._runner.work_outside(-1)
+
         try:
+            self._run(begin())
+            (addrs,) = begun
             ring = here().idle_ring()
             for first, last in batch.simple_runs(device.limits, op, view, addrs, length, device.size_bytes):
                 part, answers = view[first * length : last * length], results[first:last]
                 batch.run_natively(ring, device.fd, op, part, addrs[first:last], length, 0, answers, depth)
         finally:
-            self._run_anyhow(handle.end_batch(op))
+            if begun:  # Also if a signal's handler raised just behind it.
+                self._run_anyhow(end())
         whole = int((results == length).sum())
         if whole:
             promise = Promise.NONE if op == READ else Promise.DEVICE

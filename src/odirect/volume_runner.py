@@ -99,6 +99,10 @@ class Runner:
 
         return self._inside.run(unless_closed)
 
+    def work_outside(self, threads: int) -> None:
+        """So many threads more (or fewer) do I/O of their own that tasks may wait for. Within `run` or `call`."""
+        self._driver.outside += threads
+
     def wait_until(self, done: Callable[[], object]) -> None:
         """Take what was started on until `done()` is true. What a signal's handler raises leaves at once."""
         self.check_outside()
@@ -130,6 +134,7 @@ class Runner:
                 self._closed = False
                 raise
             self._run_to_the_end(coroutine)
+            self._driver.close()
         finally:
             if not getattr(coroutine, "cr_suspended", False):
                 coroutine.close()

@@ -97,6 +97,8 @@ class SyncDriver:
         # There has been more than one thread inside; then devices that cannot be woken are waited for with the bell.
         self._several = False
         self._bell: _Bell | None = None
+        #: Threads that do I/O of their own which tasks wait for; changed under the lock, within `run` or `call`.
+        self.outside = 0
         # Polled, but not yet told: an interrupt on the way loses nothing that a device has given.
         self._arrived: collections.deque[Completion] = collections.deque()
 
@@ -196,6 +198,7 @@ class SyncDriver:
         alarm_ns = self.scheduler.next_alarm_ns()
         if (
             watch.done()
+            or not (watch.devices or self.outside)
             or (alarm_ns is not None and (watch.deadline_ns is None or alarm_ns < watch.deadline_ns))
             or any(device not in watch.devices for device in self._busy())
         ):
@@ -237,13 +240,14 @@ class SyncDriver:
         alarm_ns = self.scheduler.next_alarm_ns()
         if alarm_ns is not None:
             timeout_ns = max(0, alarm_ns - self.scheduler.clock.now_ns())
-        elif not devices:
+        elif not devices and not self.outside:
             # Said under the lock: whoever enters now could send something before we looked.
             raise _stalled()
         bell, wake = None, None
         if len(devices) == 1:
             wake = getattr(devices[0], "wake", None)
-        if wake is None and self._several and (len(devices) != 1 or devices[0].wakeup_fd() is not None):
+        several = self._several or self.outside > 0
+        if wake is None and several and (len(devices) != 1 or devices[0].wakeup_fd() is not None):
             bell = self._bell = self._bell or _Bell()
             wake = bell.ring
         self._watch = _Watch(done, devices, alarm_ns, wake)
