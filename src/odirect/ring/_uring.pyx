@@ -151,7 +151,7 @@ cdef enum:
     LOOK_NS = 100000000
     # The native loop hands over so many operations at once, and waits for at most so many answers: a device that
     # gets a whole burst has nothing to do while the next is made ready.
-    HAND_OVER = 4
+    HAND_OVER = 2
     MOST_WANTED = 8
 
 

@@ -7,10 +7,11 @@ there before (F11), and gives its blocks back.
 
 from __future__ import annotations
 
+import collections
 import errno
 from typing import TYPE_CHECKING
 
-from odirect.base.errors import NoSpaceError
+from odirect.base.errors import NoSpaceError, ODirectError
 from odirect.base.units import align_up
 from odirect.block.device import BlockDevice
 from odirect.cache.metacache import BlockMiss
@@ -19,6 +20,7 @@ from odirect.dio.mapping import BOUNDARY, NEW, Extent, ExtentKind, Fallback, Map
 from odirect.dio.outcome import Reason
 from odirect.fs.ext2 import grow
 from odirect.fs.ext2.blockmap import BlockMap, Run, tree_indices
+from odirect.fs.ext2.format import DIRECT_BLOCKS
 from odirect.fs.ext2.inode import Ext2Inode
 from odirect.fs.file import FileNode
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 #: What one block may need besides itself: an indirect block of each level.
 _MOST_INDIRECT = 3
+#: Leaves of block numbers that are read at once for who goes through a file in order.
+_MOST_LEAVES_AHEAD = 128
 
 
 class Ext2Mapper:
@@ -112,6 +116,9 @@ class Ext2Node(FileNode):
         self.max_bytes = volume.max_file_bytes
         #: Whether `meta` has times that its record has not.
         self.stale = False
+        # The leaf of block numbers that a reader in order misses next, and how many were read at once.
+        self._next_leaf = 0
+        self._leaves_ahead = 1
         self._blocks: BlockMap | None = None
         self._flat: tuple[BlockMap, int, int, NDArray[numpy.int64], NDArray[numpy.int64]] | None = None
 
@@ -125,7 +132,21 @@ class Ext2Node(FileNode):
         try:
             return blocks.lookup(first, wanted)
         except BlockMiss:
-            return await self.volume.cache.load(lambda: blocks.lookup(first, wanted))
+            pass
+        # Who goes through the file in order misses leaf after leaf: more and more of them are read at once.
+        pointers = self.volume.geometry.pointers_per_block
+        leaf = (first - DIRECT_BLOCKS) // pointers
+        if not self._next_leaf - self._leaves_ahead <= leaf < self._next_leaf:  # Else they are on their way.
+            self._leaves_ahead = min(4 * self._leaves_ahead, _MOST_LEAVES_AHEAD) if leaf == self._next_leaf else 1
+            self._next_leaf = leaf + self._leaves_ahead
+        if self._leaves_ahead > 1:
+            size_blocks = -(-self.size_bytes // self.block_bytes)
+            last = min(first + self._leaves_ahead * pointers, size_blocks) - 1
+            try:
+                await self.volume.cache.load(lambda: collections.deque(blocks.runs(first, last), maxlen=0))
+            except ODirectError:
+                pass  # Something is wrong with what is ahead: it is told when that is asked for.
+        return await self.volume.cache.load(lambda: blocks.lookup(first, wanted))
 
     async def is_mapped(self, offset: int, length: int) -> bool:
         """See `FileNode`."""
