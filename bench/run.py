@@ -22,6 +22,7 @@ from typing import Any
 
 import _peers
 import numpy
+from _volume_works import all_groups as volume_groups
 from _works import Group, Line, S, Setting, all_groups
 from rich.console import Console
 from rich.table import Table
@@ -34,26 +35,49 @@ CHUNK = 8 * MIB
 console = Console(stderr=True, highlight=False)
 
 
+def parser(description: str, *, quick: str, size: str) -> argparse.ArgumentParser:
+    """The options that all scripts here have. --only takes the works of all of them, and each does its own."""
+    names = [group.name for group in [*all_groups(), *volume_groups()]]
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help=quick)
+    made.add_argument("--rounds", type=int, help="rounds of each work (default 5)")
+    made.add_argument("--seconds", type=float, help="length of each run (default 2)")
+    made.add_argument("--size", type=parse_bytes, help=size)
+    made.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the files are made")
+    made.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
+    made.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return made
+
+
+def filled_in(chosen: argparse.Namespace, **defaults: tuple[int, int]) -> argparse.Namespace:
+    """The options with their defaults: the first where all is measured, the second where it is to be quick."""
+    chosen.rounds = chosen.rounds or (2 if chosen.quick else 5)
+    chosen.seconds = chosen.seconds or (0.5 if chosen.quick else 2.0)
+    for name, (whole, quick) in defaults.items():
+        setattr(chosen, name, getattr(chosen, name) or (quick if chosen.quick else whole))
+    return chosen
+
+
+def chosen_groups(groups: list[Group[S]], only: Sequence[str] | None) -> list[Group[S]]:
+    """Those that are to be measured; says so if none is."""
+    found = [group for group in groups if not only or group.name in only]
+    if not found:
+        console.print("none of these works is measured here", style="dim")
+    return found
+
+
 def arguments(words: Sequence[str]) -> argparse.Namespace:
     """What the command line says."""
-    names = [group.name for group in all_groups()]
-    parser = argparse.ArgumentParser(description="Measure odirect against its peers; prints, asserts nothing.")
-    parser.add_argument("--quick", action="store_true", help="2 rounds of half a second on a file of 256 MiB")
-    parser.add_argument("--rounds", type=int, help="rounds of each work (default 5)")
-    parser.add_argument("--seconds", type=float, help="length of each run (default 2)")
-    parser.add_argument("--size", type=parse_bytes, help="length of the file that is read and written (default 1GiB)")
-    parser.add_argument("--copy-size", type=parse_bytes, help="length of the file that is copied (default 2GiB)")
-    parser.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where the files are made")
-    parser.add_argument("--only", action="append", choices=names, metavar="NAME", help=f"one of {', '.join(names)}")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    chosen = parser.parse_args(words)
-    quick = chosen.quick
-    chosen.rounds = chosen.rounds or (2 if quick else 5)
-    chosen.seconds = chosen.seconds or (0.5 if quick else 2.0)
-    chosen.size = chosen.size or (256 * MIB if quick else 1024 * MIB)
-    chosen.copy_size = chosen.copy_size or (256 * MIB if quick else 2048 * MIB)
+    options = parser(
+        "Measure odirect against its peers; prints, asserts nothing.",
+        quick="2 rounds of half a second on a file of 256 MiB",
+        size="length of the file that is read and written (default 1GiB)",
+    )
+    options.add_argument("--copy-size", type=parse_bytes, help="length of the file that is copied (default 2GiB)")
+    sizes = {"size": (1024 * MIB, 256 * MIB), "copy_size": (2048 * MIB, 256 * MIB)}
+    chosen = filled_in(options.parse_args(words), **sizes)
     if chosen.size < MIB or chosen.copy_size < MIB or chosen.rounds < 1 or chosen.seconds <= 0:
-        parser.error("sizes are at least 1 MiB, rounds at least 1, and seconds more than 0")
+        options.error("sizes are at least 1 MiB, rounds at least 1, and seconds more than 0")
     return chosen
 
 
@@ -189,7 +213,9 @@ def main(words: Sequence[str] = sys.argv[1:]) -> int:
     """Run it; the exit status."""
     signal.signal(signal.SIGTERM, stopped)
     asked = arguments(words)
-    groups = [group for group in all_groups() if not asked.only or group.name in asked.only]
+    groups = chosen_groups(all_groups(), asked.only)
+    if not groups:
+        return 0
     generator = numpy.random.default_rng(0)
     scratch = Path(tempfile.mkdtemp(prefix="odirect-bench-", dir=asked.dir))
     try:

@@ -683,7 +683,7 @@ async def _take_in(
                 for task in [task for task in tasks if task.done]:
                     tasks.remove(task)
                     task.result()
-                length = _read_full(stream_fd, lease.view, interrupts)
+                length = read_full(stream_fd, lease.view, interrupts)
                 if length == line.chunk_bytes:
                     writing.grow_to(offset + length)
                 elif length and offset + length > file_bytes(writing.opened.cached_fd):
@@ -754,7 +754,7 @@ async def _wait_for(tasks: Iterable[Task[Any]]) -> None:
                 await wait(task.ended)
 
 
-def _read_full(fd: int, view: memoryview, interrupts: Interrupts) -> int:
+def read_full(fd: int, view: memoryview, interrupts: Interrupts) -> int:
     """Fill `view` from a stream; how many bytes there were until its end."""
     done = 0
     while done < len(view):

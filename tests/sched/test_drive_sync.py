@@ -14,7 +14,7 @@ from odirect.base.errors import AlignmentError
 from odirect.block.buffers import empty
 from odirect.block.memory import MemoryDevice
 from odirect.dio.blockdev import transfer
-from odirect.sched.drive_sync import Stalled, SyncDriver, poll_any
+from odirect.sched.drive_sync import Stalled, SyncDriver, wait_for_any
 from odirect.sched.locks import Mutex
 from odirect.sched.scheduler import Cancelled, Scheduler
 from odirect.sched.traps import Event, gather, shielded, sleep_ns, wait
@@ -403,30 +403,87 @@ def test_tasks_run_in_one_thread_at_a_time(driver, gate):
         feeder.join()
 
 
-# --- poll_any -------------------------------------------------------------------------------------
+# --- several devices -----------------------------------------------------------------------------
 
 
-def test_poll_any_asks_the_one_that_is_busy(pipes):
+def waited_for(devices: list[Pipe], timeout_ns: int) -> list[Any]:
+    finished: list[Any] = []
+    wait_for_any(devices, timeout_ns, finished, None, None)
+    return finished
+
+
+def driven(pipes: list[Pipe], giver: Pipe) -> object:
+    """What a task gets that waits for something that `giver` has finished."""
+    scheduler = Scheduler()
+    for pipe in pipes:
+        scheduler.add_device(pipe)
+    io = Io("done")
+    giver.items.append(io)
+
+    async def work() -> object:
+        return await wait(io.event)
+
+    return SyncDriver(scheduler).run(work())
+
+
+def test_only_the_one_that_is_busy_is_asked(pipes):
     pipes[0].in_flight = pipes[2].in_flight = 0
-    pipes[1].items = [1, 2]
-    assert poll_any(pipes, -1) == [1, 2]
+    assert driven(pipes, pipes[1]) == "done"
     assert [pipe.asked for pipe in pipes] == [[], [-1], []]
 
 
-def test_poll_any_looks_at_all_before_it_waits(pipes):
+def test_a_device_that_does_not_say_what_is_in_flight_is_asked(pipes):
+    for pipe in pipes:
+        del pipe.in_flight
+    assert driven(pipes, pipes[2]) == "done"
+    assert all(pipe.asked for pipe in pipes)
+
+
+def test_nothing_will_come_where_no_device_is_busy(pipes):
+    for pipe in pipes:
+        pipe.in_flight = 0
+    with pytest.raises(Stalled):
+        driven(pipes, pipes[0])
+
+
+def test_a_task_may_wait_for_a_thread_that_is_outside(pipes):
+    """No device is busy, but a thread does I/O of its own: its end is waited for (G06)."""
+    driver = SyncDriver(Scheduler())
+    ended = Event()
+
+    def begin() -> None:
+        driver.outside += 1
+
+    def end() -> None:
+        driver.outside -= 1
+        ended.fire("ended")
+
+    driver.call(begin)
+    other = threading.Timer(0.01, driver.call, [end])
+    other.start()
+
+    async def work() -> object:
+        return await wait(ended)
+
+    assert driver.run(work()) == "ended"
+    other.join()
+    driver.close()
+
+
+def test_all_are_looked_at_before_any_is_waited_for(pipes):
     pipes[0].items, pipes[2].items = [1], [2, 3]
-    assert poll_any(pipes, -1) == [1, 2, 3]
-    assert poll_any(pipes, 0) == []
+    assert waited_for(pipes, -1) == [1, 2, 3]
+    assert waited_for(pipes, 0) == []
 
 
-def test_poll_any_is_woken_by_a_descriptor(pipes):
+def test_a_descriptor_wakes(pipes):
     giver = threading.Timer(0.01, pipes[1].give, ["x"])
     giver.start()
-    assert poll_any(pipes, -1) == ["x"]
+    assert waited_for(pipes, -1) == ["x"]
     giver.join()
 
 
-def test_poll_any_sees_what_came_before_the_descriptor_was_there(pipes):
+def test_what_came_before_the_descriptor_was_there_is_seen(pipes):
     """Finished between the look and the making of the descriptor: nothing would make it readable."""
 
     def late() -> int:
@@ -434,34 +491,16 @@ def test_poll_any_sees_what_came_before_the_descriptor_was_there(pipes):
         return pipes[1].fd
 
     pipes[1].wakeup_fd = late  # type: ignore[method-assign]
-    assert poll_any(pipes, -1) == ["late"]
+    assert waited_for(pipes, -1) == ["late"]
 
 
-def test_poll_any_comes_back_for_an_alarm(pipes):
-    assert poll_any(pipes, 1_000) == []
-    assert poll_any([], 1_000) == []
+def test_an_alarm_ends_the_wait(pipes):
+    assert waited_for(pipes, 1_000) == []
+    assert waited_for([], 1_000) == []
 
 
-def test_poll_any_with_one_that_can_only_be_asked(pipes):
+def test_one_that_can_only_be_asked(pipes):
     pipes[0].wakeup_fd = lambda: None  # type: ignore[method-assign]
-    assert poll_any(pipes, -1) == []  # It looked, waited a millisecond, and looked again.
-    assert poll_any(pipes, 10_000_000_000) == []
+    assert waited_for(pipes, -1) == []  # It looked, waited a millisecond, and looked again.
+    assert waited_for(pipes, 10_000_000_000) == []
     assert set(pipes[0].asked) == {0}
-
-
-def test_poll_any_says_that_nothing_will_come(pipes):
-    for pipe in pipes:
-        pipe.in_flight = 0
-    with pytest.raises(Stalled):
-        poll_any(pipes, -1)
-    with pytest.raises(Stalled):
-        poll_any([], -1)
-
-
-def test_poll_any_with_a_device_that_does_not_say_what_is_in_flight(pipes):
-    for pipe in pipes:
-        del pipe.in_flight
-    pipes[2].items = ["y"]
-    assert poll_any(pipes, 0) == ["y"]
-    pipes[2].items = ["z"]
-    assert poll_any(pipes[2:], -1) == ["z"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -143,26 +143,14 @@ class Explanation(NamedTuple):
     def lines(self, all_extents: bool) -> list[str]:
         """As people read it."""
         alignment = self.alignment
-        names = ["read_align", "write_align", "memory_align"]
-        lines = [
+        return report(
             f"{common.shown(self.path)}: {info.headline(alignment)}, {common.exact(self.size)}",
-            "",
-            *common.columns(info.support_lines(alignment.support._asdict())),
-            "",
-            "Direct transfers must be multiples of:",
-            *common.columns(info.figure_rows(alignment.limits, alignment.limits.sources, names), right=(1,)),
-            "",
-            *self._extent_lines(all_extents),
-            "",
-        ]
-        count = sum(cost.requests for cost in self.reads)
-        lines.append(
-            f"In requests of {common.exact(self.block)} from byte {self.offset} on "
-            f"({count} in all), with aligned memory:"
+            alignment.support._asdict(),
+            alignment.limits,
+            self._extent_lines(all_extents),
+            (self.block, self.offset),
+            (self.reads, self.writes),
         )
-        rows = [["", "requests", "bios", "how"]]
-        rows += cost_rows("reading", self.reads) + cost_rows("writing", self.writes)
-        return [*lines, *common.columns(rows, right=(1, 2))]
 
     def _extent_lines(self, all_extents: bool) -> list[str]:
         pieces = self.pieces
@@ -186,6 +174,36 @@ def explain(path: str, block: int, offset: int) -> Explanation:
         return Explanation(path, alignment, size, pieces, why, block, offset, reads, writes)
     finally:
         opened.close()
+
+
+def report(
+    headline: str,
+    support: Mapping[str, Any],
+    limits: Limits,
+    extents: Sequence[str],
+    asked: tuple[int, int],
+    costs: tuple[Sequence[Cost], Sequence[Cost]],
+) -> list[str]:
+    """An explanation as people read it. asked: bytes of a request, and where the first begins; costs: reads, writes."""
+    reads, writes = costs
+    names = ["read_align", "write_align", "memory_align"]
+    return [
+        headline,
+        "",
+        *common.columns(info.support_lines(support)),
+        "",
+        "Direct transfers must be multiples of:",
+        *common.columns(info.figure_rows(limits, limits.sources, names), right=(1,)),
+        "",
+        *extents,
+        "",
+        f"In requests of {common.exact(asked[0])} from byte {asked[1]} on "
+        f"({sum(cost.requests for cost in reads)} in all), with aligned memory:",
+        *common.columns(
+            [["", "requests", "bios", "how"], *cost_rows("reading", reads), *cost_rows("writing", writes)],
+            right=(1, 2),
+        ),
+    ]
 
 
 def extent_lines(pieces: Sequence[Piece], size: int, all_extents: bool) -> list[str]:

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from odirect.base.errors import MissingError, NotDirectoryError, ODirectError, from_errno
 from odirect.cli import common
@@ -21,7 +21,6 @@ from odirect.fs.base import NewFile
 from odirect.sched.clock import wall_ns
 
 if TYPE_CHECKING:
-    from odirect.block.device import Limits
     from odirect.dio.requests import Request
     from odirect.volumes import Volume
 
@@ -33,21 +32,32 @@ SMALL_BYTES = 128 << 10
 _WHOLE = stat.S_IRUSR | stat.S_IWUSR
 
 
-class Bytes(Protocol):
-    """What is asked of an open file: `odirect.File`, and a file in a volume."""
+class Source(Protocol):
+    """What is asked of a file that is read: `odirect.File`, a file in a volume, a small file."""
 
     @property
     def size(self) -> int: ...
     @property
     def totals(self) -> dict[Outcome, Tally]: ...
     def preadinto(self, buffer: object, offset: int) -> int: ...
-    def pwrite(self, buffer: object, offset: int) -> int: ...
-    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request: ...
-    def completions(self) -> Iterator[Request]: ...
     def seek(self, offset: int, whence: int = ..., /) -> int: ...
+    def close(self) -> None: ...
+
+
+class Target(Source, Protocol):
+    """What is asked of a file that is written."""
+
+    def pwrite(self, buffer: object, offset: int) -> int: ...
     def truncate(self, size: int | None = None, /) -> int: ...
     def sync(self, *, data_only: bool = False) -> None: ...
-    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Queued(Protocol):
+    """What takes several transfers at once; small files go in one piece, and do not."""
+
+    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request: ...
+    def completions(self) -> Iterator[Request]: ...
 
 
 class Changes(NamedTuple):
@@ -79,8 +89,8 @@ class Tree(Protocol):
     def read_link(self, path: bytes) -> bytes: ...
     def real_path(self, path: bytes) -> bytes: ...
     def xattrs(self, path: bytes, inode: int) -> dict[bytes, bytes]: ...
-    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
-    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes: ...
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Source: ...
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Target: ...
     def make_directory(self, path: bytes) -> None: ...
     def make_link(self, path: bytes, target: bytes) -> None: ...
     def make_node(self, path: bytes, mode: int, device: int) -> None: ...
@@ -178,7 +188,7 @@ class VolumeTree:
         with naming(self._place(path)):
             return self._volume.run(self._volume.file_system.xattrs(inode), path)
 
-    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Source:
         """A file to be read."""
         content = self._fetched.pop(path, None)
         if content is not None:
@@ -186,7 +196,7 @@ class VolumeTree:
         with naming(self._place(path)):
             return self._volume.open(path, "r", access=access)
 
-    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Target:
         """A new file, to be written and read."""
         with naming(self._place(path)):
             return self._volume.open(path, "x+", access=access, permissions=_WHOLE)
@@ -356,7 +366,7 @@ class HostTree:
                 raise _host_error(error, "reading its attributes", path) from error
         return found
 
-    def open_source(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+    def open_source(self, path: bytes, access: Access, *, small: bool) -> Source:
         """A file or block device to be read."""
         if small and access != "strict":
             return CachedFile(path, os.O_RDONLY)
@@ -364,7 +374,7 @@ class HostTree:
 
         return open_direct(path, "r", access=access)
 
-    def make_file(self, path: bytes, access: Access, *, small: bool) -> Bytes:
+    def make_file(self, path: bytes, access: Access, *, small: bool) -> Target:
         """A new file, to be written and read."""
         if small and access != "strict":
             return CachedFile(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -470,28 +480,9 @@ class Fetched:
         memoryview(buffer)[: len(part)] = part  # type: ignore[arg-type]
         return len(part)
 
-    def pwrite(self, buffer: object, offset: int) -> int:
-        """Never: it is only read."""
-        raise NotImplementedError
-
-    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request:
-        """Never: small files go in one piece."""
-        raise NotImplementedError
-
-    def completions(self) -> Iterator[Request]:
-        """None."""
-        return iter(())
-
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """All of it is data."""
         return offset if whence == os.SEEK_DATA else len(self._content)
-
-    def truncate(self, size: int | None = None, /) -> int:
-        """Never: it is only read."""
-        raise NotImplementedError
-
-    def sync(self, *, data_only: bool = False) -> None:
-        """Nothing."""
 
     def close(self) -> None:
         """Nothing."""
@@ -513,11 +504,6 @@ class CachedFile:
         return os.fstat(self._fd).st_size
 
     @property
-    def limits(self) -> Limits | None:
-        """None: it takes everything."""
-        return None
-
-    @property
     def totals(self) -> dict[Outcome, Tally]:
         """How it went."""
         return self._tallies.totals()
@@ -535,14 +521,6 @@ class CachedFile:
             count = os.pwritev(self._fd, [memoryview(buffer)], offset)  # type: ignore[arg-type]
         self._tallies.add(Outcome(Kind.BUFFERED, promise=Promise.NONE), count)
         return count
-
-    def submit(self, op: Literal["read", "write"], offset: int, buffer: object, tag: object = None) -> Request:
-        """Never: small files go in one piece."""
-        raise NotImplementedError
-
-    def completions(self) -> Iterator[Request]:
-        """None."""
-        return iter(())
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         """As os.lseek."""

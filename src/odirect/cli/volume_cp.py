@@ -24,7 +24,6 @@ from odirect.base.errors import (
     PathError,
     UnsupportedError,
     VerifyError,
-    from_errno,
 )
 from odirect.base.units import align_down, align_up
 from odirect.block.buffers import empty
@@ -34,16 +33,16 @@ from odirect.cli.sessions import Volumes, temporary_beside
 from odirect.cli.trees import (
     SMALL_BYTES,
     Access,
-    Bytes,
-    CachedFile,
     Changes,
-    Fetched,
     HostTree,
+    Queued,
     Small,
+    Source,
+    Target,
     Tree,
     VolumeTree,
 )
-from odirect.copying import CHUNK_BYTES, DEPTH, CopyReport
+from odirect.copying import CHUNK_BYTES, DEPTH, CopyReport, read_full
 from odirect.dio.outcome import Outcome, Tally
 from odirect.sched.clock import MonotonicClock
 from odirect.sched.interrupts import Interrupts
@@ -205,7 +204,7 @@ class _Copier:
             pieces: dict[int, tuple[int, bytes]] | None = {} if self._options.verify else None
             buffer = self._take(1)[0][: self._options.chunk_bytes]
             offset = 0
-            while length := _read_full(buffer, self._interrupts):
+            while length := read_full(_STDIN, buffer, self._interrupts):
                 if pieces is not None:
                     pieces[offset] = length, _digest(buffer[:length])
                 _write_all(file, buffer[:length], offset, self._into.shown(goal))
@@ -304,7 +303,7 @@ class _Copier:
         source.fetch([item.source for item in wanted], [item.status.st_ino for item in wanted])
         return number
 
-    def _keep_small(self, source: Tree, item: _Item, reading: Bytes) -> None:
+    def _keep_small(self, source: Tree, item: _Item, reading: Source) -> None:
         """Read a small file, to be made together with others."""
         content = bytearray(reading.size)
         if reading.preadinto(content, 0) < len(content):
@@ -356,7 +355,7 @@ class _Copier:
                 pieces: dict[int, tuple[int, bytes]] | None = {} if options.verify else None
                 runs = self._runs(reading, size, is_block=stat.S_ISBLK(item.status.st_mode))
                 for start, end in runs:
-                    self._move(reading, writing, start, end, size, pieces, source.shown(item.source), goal)
+                    self._move(reading, writing, start, end, pieces, source.shown(item.source), goal)
                 skipped = size - sum(min(end, size) - start for start, end in runs)
                 self._add(skipped, copied=False)
                 self._settle(writing, goal, size, pieces)
@@ -369,7 +368,7 @@ class _Copier:
             _count(self._reads, reading.totals)
             reading.close()
 
-    def _settle(self, file: Bytes, goal: bytes, size: int, pieces: dict[int, tuple[int, bytes]] | None) -> None:
+    def _settle(self, file: Target, goal: bytes, size: int, pieces: dict[int, tuple[int, bytes]] | None) -> None:
         """Give a file that has its bytes its size, and make and prove it what was asked for."""
         if file.size != size:
             file.truncate(size)
@@ -381,7 +380,7 @@ class _Copier:
 
     # Bytes.
 
-    def _runs(self, file: Bytes, size: int, *, is_block: bool) -> list[tuple[int, int]]:
+    def _runs(self, file: Source, size: int, *, is_block: bool) -> list[tuple[int, int]]:
         """[start, end) of what is to be moved: all, or what is no hole, to whole blocks."""
         if not self._options.sparse or is_block:
             return [(0, size)] if size else []
@@ -405,28 +404,40 @@ class _Copier:
 
     def _move(
         self,
-        reading: Bytes,
-        writing: Bytes,
+        reading: Source,
+        writing: Target,
         start: int,
         end: int,
-        size: int,
         pieces: dict[int, tuple[int, bytes]] | None,
         source: str,
         goal: bytes,
     ) -> None:
-        """Copy [start, end): while some chunks are written, the next ones are read."""
+        """Copy [start, end): a piece after the other, or several at once where both sides take that."""
         shown = self._into.shown(goal)
-        chunk = self._options.chunk_bytes
-        in_one = isinstance(reading, CachedFile | Fetched) or isinstance(writing, CachedFile)
-        if end - start <= chunk or in_one:
-            buffer = self._take(1)[0]
-            length = end - start
-            if reading.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], start) < length:
-                raise _shrank(source)
-            self._note(pieces, start, buffer[:length])
-            _write_all(writing, self._padded(buffer, length), start, shown)
-            self._add(length, copied=True)
+        if end - start > self._options.chunk_bytes and isinstance(reading, Queued) and isinstance(writing, Queued):
+            self._move_queued(reading, writing, start, end, pieces, source, shown)
             return
+        buffer = self._take(1)[0]
+        for offset in range(start, end, len(buffer)):
+            length = min(end - offset, len(buffer))
+            if reading.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], offset) < length:
+                raise _shrank(source)
+            self._note(pieces, offset, buffer[:length])
+            _write_all(writing, self._padded(buffer, length), offset, shown)
+            self._add(length, copied=True)
+
+    def _move_queued(
+        self,
+        reading: Queued,
+        writing: Queued,
+        start: int,
+        end: int,
+        pieces: dict[int, tuple[int, bytes]] | None,
+        source: str,
+        shown: str,
+    ) -> None:
+        """Copy [start, end): while some chunks are written, the next ones are read."""
+        chunk = self._options.chunk_bytes
         half = max(1, self._options.depth // 2)
         buffers = self._take(2 * half)
         groups = buffers[:half], buffers[half : 2 * half]
@@ -458,7 +469,7 @@ class _Copier:
                     pass
             raise
 
-    def _written(self, writing: Bytes, expected: int, shown: str) -> int:
+    def _written(self, writing: Queued, expected: int, shown: str) -> int:
         """Wait for what is being written; 0, the number that is left."""
         if expected:
             for request in writing.completions():
@@ -479,7 +490,7 @@ class _Copier:
         if pieces is not None:
             pieces[offset] = len(view), _digest(view)
 
-    def _check(self, file: Bytes, size: int, pieces: dict[int, tuple[int, bytes]], shown: str) -> None:
+    def _check(self, file: Source, size: int, pieces: dict[int, tuple[int, bytes]], shown: str) -> None:
         """Read the copy back and compare it with what was written; what was not must be zeroes."""
         buffer = self._take(1)[0]
         at = 0
@@ -495,7 +506,7 @@ class _Copier:
             at = offset + length
             self._add(length, copied=None)
 
-    def _read_back(self, file: Bytes, buffer: memoryview, offset: int, length: int, shown: str) -> memoryview:
+    def _read_back(self, file: Source, buffer: memoryview, offset: int, length: int, shown: str) -> memoryview:
         done = file.preadinto(buffer[: align_up(length, _BLOCK_BYTES)], offset)
         if done < length:
             raise VerifyError(f"only {done} of {length} bytes at {offset} could be read back", path=shown)
@@ -521,7 +532,7 @@ class _Copier:
     # Names and attributes.
 
     @contextlib.contextmanager
-    def _made(self, goal: bytes, *, small: bool) -> Iterator[tuple[Bytes, bytes]]:
+    def _made(self, goal: bytes, *, small: bool) -> Iterator[tuple[Target, bytes]]:
         """A new open file and the name that it has as yet; it takes its real one when all went well."""
         with self._new_name(goal, is_file=True) as name:
             file = self._into.make_file(name, self._options.access, small=small)
@@ -673,29 +684,10 @@ def _shrank(source: str) -> InUseError:
     return InUseError("it became shorter while it was copied", path=source)
 
 
-def _write_all(file: Bytes, view: memoryview, offset: int, shown: str) -> None:
+def _write_all(file: Target, view: memoryview, offset: int, shown: str) -> None:
     done = file.pwrite(view, offset)
     if done < len(view):
         raise NoSpaceError(f"only {done} of {len(view)} bytes at {offset} had room", path=shown)
-
-
-def _read_full(view: memoryview, interrupts: Interrupts) -> int:
-    """Fill `view` from standard input; how many bytes there were until its end."""
-    import select
-
-    done = 0
-    while done < len(view):
-        interrupts.wait_for(_STDIN, select.POLLIN)
-        try:
-            count = os.readv(_STDIN, [view[done:]])
-        except BlockingIOError:
-            continue
-        except OSError as error:
-            raise from_errno(error.errno or errno.EIO, "reading the stream", "-") from error
-        if not count:
-            break
-        done += count
-    return done
 
 
 def as_json(copied: TreeCopied) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from odirect.base.errors import DirectoryError, NoSpaceError, ReadOnlyError
 from odirect.block.bio import READ, WRITE, Bio
 from odirect.block.buffers import empty
 from odirect.block.device import BlockDevice, Limits
-from odirect.cli import common, explain, info
+from odirect.cli import common, explain
 from odirect.cli.explain import Cost, Piece
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import naming, warn_if_mounted
@@ -77,28 +77,15 @@ class Explanation(NamedTuple):
 
     def lines(self, all_extents: bool) -> list[str]:
         """As people read it."""
-        names = ["read_align", "write_align", "memory_align"]
         image = common.shown(self.place.image)
-        direct = {"reads": not self.why_cached, "writes": not self.why_cached, "why": self.why_cached}
-        lines = [
+        lines = explain.report(
             f"{self.place}: a file in the {self.kind} volume of {image}, {common.exact(self.size)}",
-            "",
-            *common.columns(info.support_lines(direct)),
-            "",
-            "Direct transfers must be multiples of:",
-            *common.columns(info.figure_rows(self.limits, self.limits.sources, names), right=(1,)),
-            "",
-            *explain.extent_lines(self.pieces, self.size, all_extents),
-            "",
-        ]
-        count = sum(cost.requests for cost in self.reads)
-        lines.append(
-            f"In requests of {common.exact(self.request_bytes)} from byte {self.offset} on "
-            f"({count} in all), with aligned memory:"
+            {"reads": not self.why_cached, "writes": not self.why_cached, "why": self.why_cached},
+            self.limits,
+            explain.extent_lines(self.pieces, self.size, all_extents),
+            (self.request_bytes, self.offset),
+            (self.reads, self.writes),
         )
-        rows = [["", "requests", "bios", "how"]]
-        rows += explain.cost_rows("reading", self.reads) + explain.cost_rows("writing", self.writes)
-        lines += common.columns(rows, right=(1, 2))
         if self.why_no_writes:
             lines.append(f"It cannot be written: {self.why_no_writes}.")
         return lines

@@ -389,8 +389,3 @@ class FileSystem(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Sync, mark the volume clean if it was opened for writing, and let go of it. Open handles are closed."""
-
-
-def rounded_size(size: int, block_bytes: int) -> int:
-    """A file's size, up to whole blocks."""
-    return align_up(size, block_bytes)

@@ -253,7 +253,7 @@ class SyncDriver:
         self._watch = _Watch(done, devices, alarm_ns, wake)
         self.lock.release()
         try:
-            _wait_for(devices, timeout_ns, self._arrived, quiet, bell)
+            wait_for_any(devices, timeout_ns, self._arrived, quiet, bell)
         except Noted:
             pass
         finally:
@@ -262,25 +262,7 @@ class SyncDriver:
             self._watch = None
 
 
-def poll_any(
-    devices: Sequence[Pollable], timeout_ns: int, finished: MutableSequence[Completion] | None = None
-) -> Sequence[Completion]:
-    """What any of `devices` has finished; waits up to `timeout_ns` (-1: until there is something).
-
-    A device that says by `in_flight` that it has nothing is left out, so that the usual case is one
-    call of one device. finished: extended and returned; what one device gave is in it although the
-    next one's `poll` is interrupted. Raises Stalled if nothing is in flight and it were to wait for ever.
-    """
-    if finished is None:
-        finished = []
-    busy = [device for device in devices if getattr(device, "in_flight", 1)]
-    if not busy and timeout_ns < 0:
-        raise _stalled()
-    _wait_for(busy, timeout_ns, finished, None, None)
-    return finished
-
-
-def _wait_for(
+def wait_for_any(
     devices: Sequence[Pollable],
     timeout_ns: int,
     finished: MutableSequence[Completion],

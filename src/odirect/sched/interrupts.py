@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -165,15 +165,6 @@ def _of_this_thread() -> Quiet | None:
 
 class Noted(BaseException):
     """Raised by `Quiet` where that loses nothing: a signal has come, and its handler is still to be called."""
-
-
-class Interruptible(Protocol):
-    """What waits in a place of its own."""
-
-    @property
-    def interruptible(self) -> bool:
-        """Whether this thread is inside now, where an exception loses nothing."""
-        ...
 
 
 class Quiet:

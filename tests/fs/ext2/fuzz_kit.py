@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.fs.ext2 import reading_kit
-from tests.fs.ext2.reading_kit import debugfs
+from tests.fs.ext2.reading_kit import all_blocks, debugfs
 from tests.loops import needs_tool, run
 
 import odirect
@@ -127,7 +127,7 @@ def _spans(image: bytes, seen: dict[bytes, Any]) -> dict[bytes, list[range]]:
         if inode.has_blocks(geometry):
             blockmap = BlockMap(geometry, cache, inode)
             spans += [
-                range(block * size, (block + 1) * size) for _, block in cache.load(lambda: list(blockmap.all_blocks()))
+                range(block * size, (block + 1) * size) for _, block in cache.load(lambda: list(all_blocks(blockmap)))
             ]
         return spans
 
@@ -191,7 +191,7 @@ def _targets(seed: Seed) -> _Targets:
         if not inode.has_blocks(geometry):
             continue
         blockmap = BlockMap(geometry, cache, inode)
-        for level, block in cache.load(lambda blockmap=blockmap: list(blockmap.all_blocks())):
+        for level, block in cache.load(lambda blockmap=blockmap: list(all_blocks(blockmap))):
             if level:
                 found.numbers.append(block)
         if inode.is_dir:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,3 +149,12 @@ def check(path: Path) -> None:
     """e2fsck finds nothing at all."""
     done = subprocess.run([needs_tool("e2fsck"), "-fn", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def all_blocks(blockmap: BlockMap) -> Iterator[tuple[int, int]]:
+    """(level, block) of all that the inode leads to, past its size too: 0 is data, others as in `indirect_blocks`."""
+    last = blockmap.geometry.max_blocks - 1
+    yield from blockmap.indirect_blocks(0, last)
+    for part in blockmap.runs(0, last):
+        if part.block:
+            yield from ((0, block) for block in range(part.block, part.block + part.count))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.fs.ext2.reading_kit import Blocks, Image, debugfs, inode_number, make
+from tests.fs.ext2.reading_kit import Blocks, Image, all_blocks, debugfs, inode_number, make
 from tests.fs.ext2.test_inode import geometry_of
 from tests.loops import mounted, needs_root, run
 
@@ -150,7 +150,7 @@ def test_lookups_are_those_of_a_dictionary(runs, asked, apart):
             for run in whole
         )
     # All blocks, those of numbers too, each once.
-    found = made.load(lambda: list(made.map().all_blocks()))
+    found = made.load(lambda: list(all_blocks(made.map())))
     assert sorted(block for level, block in found if level == 0) == sorted(blocks.values())
     above = [block for level, block in found if level]
     assert len(above) == len(set(above))
@@ -297,7 +297,7 @@ def test_numbers_that_no_file_has(wrong: int, file_block: int):
         for ask in (
             lambda blockmap: blockmap.lookup(file_block, 4),
             lambda blockmap: list(blockmap.runs(0, file_block)),
-            lambda blockmap: list(blockmap.all_blocks()),
+            lambda blockmap: list(all_blocks(blockmap)),
         ):
             with pytest.raises(CorruptionError, match=f"inode 12, {where}: found block {wrong}, expected a block for"):
                 made.load(lambda made=made, ask=ask: ask(made.map()))
@@ -314,7 +314,7 @@ def test_trees_that_lead_back_to_themselves():
     for ask in (
         lambda: list(blockmap.runs(0, END - 1)),
         lambda: list(blockmap.indirect_blocks(0, END - 1)),
-        lambda: list(blockmap.all_blocks()),
+        lambda: list(all_blocks(blockmap)),
     ):
         with pytest.raises(
             CorruptionError, match="blocks of data and numbers, expected no more than the volume's 8193"
@@ -353,7 +353,7 @@ def test_any_numbers_give_runs_or_an_error(roots, filling, small, at):
         lambda: blockmap.lookup(at, 1000),
         lambda: blockmap.path(at),
         lambda: list(blockmap.runs(0, min(END - 1, at + 1000))),
-        lambda: list(blockmap.all_blocks()),
+        lambda: list(all_blocks(blockmap)),
     ):
         try:
             made.load(ask)
@@ -384,19 +384,19 @@ def test_a_sparse_file_of_debugfs(scratch: Path, block: int):
         said = int(run("debugfs", "-R", f"bmap <{number}> {place}", path))
         assert image.cache.load(lambda place=place: blockmap.lookup(place, 1)).block == said
     every = sorted(int(block) for block in run("debugfs", "-R", f"blocks <{number}>", path).split())
-    assert sorted(block for _, block in image.cache.load(lambda: list(blockmap.all_blocks()))) == every
+    assert sorted(block for _, block in image.cache.load(lambda: list(all_blocks(blockmap)))) == every
 
 
 def test_the_reserved_inodes(scratch: Path):
     """Inode 7 leads to the blocks kept for descriptors, which no other inode may have."""
     path = make(scratch / "d.img", 20 << 20, "-b", "1024")
     image = Image(path)
-    found = [block for _, block in image.cache.load(lambda: list(image.map(7).all_blocks()))]
+    found = [block for _, block in image.cache.load(lambda: list(all_blocks(image.map(7))))]
     kept = [block for block in found if image.geometry.is_fixed(block)]
     assert len(kept) == 2 * image.geometry.superblock.reserved_gdt_blocks
     said = {int(block) for block in run("debugfs", "-R", "blocks <7>", path).split()}
     assert set(found) == said
-    assert image.cache.load(lambda: list(image.map(1).all_blocks())) == []
+    assert image.cache.load(lambda: list(all_blocks(image.map(1)))) == []
 
 
 @pytest.mark.parametrize("block", [1024, 2048, 4096])
@@ -445,6 +445,6 @@ def test_a_sparse_file_of_the_kernel(scratch: Path, block: int):
         fresh = image.map(number)
         assert image.cache.load(lambda place=place, fresh=fresh: fresh.lookup(place, 1)).block == ours[place]
     # The blocks that the inode counts are those that the map has.
-    every = image.cache.load(lambda: list(blockmap.all_blocks()))
+    every = image.cache.load(lambda: list(all_blocks(blockmap)))
     assert len(every) * (block // 512) == inode.sectors
     assert len(set(every)) == len(every)

@@ -8,6 +8,7 @@ import functools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.fs.ext2.reading_kit import all_blocks
 from tests.fs.ext2.writing_kit import SmallVolume, device_of, fresh_image, indexed, populated_image, small, sound
 
 from odirect.base.errors import CorruptionError, NoSpaceError, PathError
@@ -39,7 +40,7 @@ def layout(volume: SmallVolume, number: int) -> list[list[Entry]]:
         place = volume.geometry.place("test", 0)
         return [
             list(directory.entries(volume.geometry, volume.cache.get(block), place))
-            for level, block in volume.map_of(inode).all_blocks()
+            for level, block in all_blocks(volume.map_of(inode))
             if not level
         ]
 
@@ -69,7 +70,7 @@ def blocks(volume: SmallVolume, number: int) -> dict[int, bytes]:
     return volume.load(
         lambda: {
             block: bytes(volume.cache.get(block))
-            for level, block in volume.map_of(volume.inode(number)).all_blocks()
+            for level, block in all_blocks(volume.map_of(volume.inode(number)))
             if not level
         }
     )

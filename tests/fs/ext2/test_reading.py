@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fs.ext2.reading_kit import Image, debugfs, make
+from tests.fs.ext2.reading_kit import Image, all_blocks, debugfs, make
 
 from odirect.base.errors import CorruptionError, UnsupportedError
 from odirect.block.memory import MemoryDevice
@@ -73,7 +73,7 @@ def walk(geometry: Geometry, cache, load) -> dict[bytes, tuple[Ext2Inode, dict[b
             return
         blockmap = BlockMap(geometry, cache, inode)
         load(lambda: list(blockmap.runs(0, min(-(-inode.size // geometry.block_bytes), geometry.max_blocks) - 1)))
-        load(lambda: list(blockmap.all_blocks()))
+        load(lambda: list(all_blocks(blockmap)))
         if not inode.is_dir or number in seen:
             return
         seen.add(number)

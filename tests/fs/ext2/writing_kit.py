@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from tests.dio.kit import drive
-from tests.fs.ext2.reading_kit import Image
+from tests.fs.ext2.reading_kit import Image, all_blocks
 from tests.loops import needs_tool
 
 from odirect.block.bio import READ, WRITE
@@ -321,7 +321,7 @@ class SmallVolume:
 
     def blocks_of(self, number: int) -> list[tuple[int, int]]:
         """(level, block) of everything that the inode leads to."""
-        return self.load(lambda: list(self.map_of(self.inode(number)).all_blocks()))
+        return self.load(lambda: list(all_blocks(self.map_of(self.inode(number)))))
 
 
 def small(size: int = 8 << 20, *options: str, sector: int = 512) -> SmallVolume:

@@ -216,20 +216,6 @@ class BlockMap:
                     raise self._too_many(seen)
                 yield found
 
-    def all_blocks(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-        """(level, block) of every block that file blocks `first` to `last` take (default: all that the inode
-        leads to, past the size too): level 0 is data, others as in `indirect_blocks`.
-
-        A large file is walked in steps of `first` and `last`; a block of numbers above the leaves then comes
-        with every step that it leads into.
-        """
-        last = self.geometry.max_blocks - 1 if last is None else last
-        yield from self.indirect_blocks(first, last)
-        for run in self.runs(first, last):
-            if run.block:
-                for block in range(run.block, run.block + run.count):
-                    yield 0, block
-
     # -- leaves
 
     def _first_leaf(self, file_block: int, limit: int) -> _Leaf:

@@ -536,6 +536,7 @@ class Ext2(FileSystem):
 
     async def set_xattr(self, inode: int, name: bytes, value: bytes | None) -> None:
         """See `FileSystem`."""
+        xattr.check_name(name)
 
         def change() -> None:
             found = self._live(inode)
