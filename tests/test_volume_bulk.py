@@ -207,7 +207,7 @@ def test_who_has_extended_attributes(inode_bytes: int, tmp_path: Path) -> None:
         subprocess.run(words, check=True, capture_output=True)
         with odirect.open_volume(image) as volume:
             numbers = {name: volume.stat(f"/{name}").st_ino for name in ("none", "block", "behind")}
-            assert volume.xattrs("/behind") == {"user.short": b"value"}
+            assert volume.xattrs("/behind") == {b"user.short": b"value"}
             found = volume.runner.run(volume.file_system.with_xattrs(list(numbers.values())))
             assert found == {numbers["block"], numbers["behind"]}
             assert volume.runner.run(volume.file_system.with_xattrs([])) == set()

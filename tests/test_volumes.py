@@ -697,8 +697,8 @@ class _Host:
     readlink = staticmethod(os.readlink)
 
     @staticmethod
-    def xattrs(path: str) -> dict[str, bytes]:
-        return {name: os.getxattr(path, name) for name in os.listxattr(path)}
+    def xattrs(path: str) -> dict[bytes, bytes]:
+        return {os.fsencode(name): os.getxattr(path, name) for name in os.listxattr(path)}
 
     @staticmethod
     def read_bytes(path: str) -> bytes:
@@ -1048,7 +1048,7 @@ def test_attributes(volume: Volume) -> None:
     assert volume.stat("/file").st_mtime == 6 and volume.stat("/file").st_ctime_ns >= before
     volume.set_xattr("/file", "user.name", b"value")
     volume.set_xattr("/file", b"user.other", b"")
-    assert volume.xattrs("/file") == {"user.name": b"value", "user.other": b""}
+    assert volume.xattrs("/file") == {b"user.name": b"value", b"user.other": b""}
     volume.remove_xattr("/file", "user.name")
     with pytest.raises(PathError) as caught:
         volume.remove_xattr("/file", "user.name")

@@ -480,8 +480,8 @@ class Volume(VolumeFacts):
         target = await self._run(tree.read_link(self.file_system, encoded), shown)
         return target if isinstance(shown, bytes) else os.fsdecode(target)
 
-    async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
-        """The extended attributes of what is at `path`, by their full names ("user.comment")."""
+    async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[bytes, bytes]:
+        """The extended attributes of what is at `path`, by their full names (b"user.comment")."""
         encoded, shown = _path(path)
         return await self._run(tasks.xattrs(self.file_system, encoded, follow=follow_symlinks), shown)
 

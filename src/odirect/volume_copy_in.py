@@ -18,12 +18,31 @@ from odirect.base.errors import (
     NoSpaceError,
     NotDirectoryError,
     ODirectError,
-    PathError,
-    UnsupportedError,
+    from_errno,
 )
 from odirect.fs import tree
-from odirect.fs.base import FileKind, NewFile, VolumeFile
+from odirect.fs.base import ACLS, FileKind, Making, NewFiles, VolumeFile
 from odirect.fs.paths import path_bytes, present, walk
+from odirect.host_tree import (
+    ATIME,
+    ATIME_NS,
+    DEV,
+    GID,
+    INO,
+    MODE,
+    MTIME,
+    MTIME_NS,
+    NLINK,
+    SIZE,
+    UID,
+    Batch,
+    Listing,
+    SmallFiles,
+    Status,
+    list_tree,
+    row_of,
+)
+from odirect.ring._calls import ANOTHER, NOT_SMALL, SHORTER
 from odirect.sched.clock import wall_ns
 from odirect.sched.interrupts import Interrupts
 from odirect.sched.scheduler import Task
@@ -42,22 +61,8 @@ from odirect.volume_copy import (
 from odirect.volume_names import AnyPath, VolumeNames
 from odirect.volume_runner import named
 
-# Small files are made so many at a time, or so many bytes.
-_MOST_SMALL = 256
-_MOST_SMALL_BYTES = 8 << 20
-_SECTOR_BYTES = 512
-
 T = TypeVar("T")
 HostPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-
-
-class _Item(NamedTuple):
-    """Something to copy. parent: the number of its directory's item, -1 for the top."""
-
-    path: bytes
-    parent: int
-    name: bytes
-    status: os.stat_result
 
 
 def copy_in(
@@ -68,115 +73,149 @@ def copy_in(
     recursive: bool = True,
     attributes: bool = True,
     progress: Progress | None = None,
+    listings: list[Listing] | None = None,
 ) -> TreeReport:
-    """A report of copying `source` of the host to `target` in the volume; see `Volume.copy_in`."""
+    """A report of copying `source` of the host to `target` in the volume; see `Volume.copy_in`.
+
+    listings: of `source`, for who has them already.
+    """
     encoded, shown = volume._path(target)
     host = path_bytes(source)
     with Interrupts() as interrupts:
-        items = _plan(host, recursive)
+        with on_host("looking at it", host):
+            top = _Item(host, b"", os.stat(host), is_top=True)
+        is_directory = stat.S_ISDIR(top.status.st_mode)
+        if is_directory and not recursive:
+            raise DirectoryError("it is a directory, and recursive was not asked for", path=host)
+        if listings is None:
+            listings = list_tree(host) if is_directory else []
         interrupts.check()
-        copier = _CopyIn(volume, items, attributes, progress, interrupts)
-        final = copier.copy(host, encoded, shown)
-        return copier.counts.report(os.fsdecode(final))
+        counts = Counts(progress, _total(listings) or top.status.st_size, interrupts)
+        copier = _CopyIn(volume, top, listings, attributes, counts)
+        final = copier.copy(encoded, shown)
+        return counts.report(os.fsdecode(final))
 
 
-def _plan(host: bytes, recursive: bool) -> list[_Item]:
-    """All that is to be copied, a directory before what is in it."""
-    with on_host("looking at it", host):
-        top = os.stat(host)
-    if stat.S_ISDIR(top.st_mode) and not recursive:
-        raise DirectoryError("it is a directory, and recursive was not asked for", path=host)
-    items = [_Item(host, -1, b"", top)]
-    number = 0
-    while number < len(items):
-        item = items[number]
-        if stat.S_ISDIR(item.status.st_mode):
-            with on_host("listing", item.path), os.scandir(item.path) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-                items += [_Item(each.path, number, each.name, each.stat(follow_symlinks=False)) for each in found]
-        number += 1
-    return items
+class _Item(NamedTuple):
+    """Something to copy. is_top: it may have been reached by a symbolic link."""
+
+    path: bytes
+    name: bytes
+    status: Status | os.stat_result
+    is_top: bool = False
 
 
-class _Small(NamedTuple):
-    """A small file that was read."""
+def _total(listings: list[Listing]) -> int:
+    """The bytes of all regular files, those of several names once."""
+    total = 0
+    seen: set[tuple[int, int]] = set()
+    for listing in listings:
+        statuses = listing.statuses[listing.are(stat.S_IFREG)]
+        linked = statuses[:, NLINK] > 1
+        total += int(statuses[~linked, SIZE].sum())
+        for dev, ino, size in statuses[linked][:, [DEV, INO, SIZE]].tolist():
+            if (dev, ino) not in seen:
+                seen.add((dev, ino))
+                total += size
+    return total
 
-    item: _Item
-    new: NewFile
+
+class _Making(NamedTuple):
+    """Small files on their way into the volume: their batch, and the rows of it that are made."""
+
+    batch: Batch
+    rows: list[int]
+    making: Making
 
 
 class _Directory(NamedTuple):
-    """A directory of the volume before anything was added: its names, and the group that what is made there gets."""
+    """A directory of the volume before anything small was added.
+
+    names: of what is in it. group: that what is made there gets, if not its maker's. inherits: what is made there
+    gets access rights that only making it by itself finds out.
+    """
 
     names: frozenset[bytes]
     group: int | None
+    inherits: bool
 
 
 class _CopyIn:
     """One copy into a volume."""
 
     def __init__(
-        self,
-        volume: VolumeNames,
-        items: list[_Item],
-        attributes: bool,
-        progress: Progress | None,
-        interrupts: Interrupts,
+        self, volume: VolumeNames, top: _Item, listings: list[Listing], attributes: bool, counts: Counts
     ) -> None:
-        sizes: dict[tuple[int, int], int] = {}
-        for _, _, _, status in items:
-            if stat.S_ISREG(status.st_mode):
-                sizes[status.st_dev, status.st_ino] = status.st_size
-        self.counts = Counts(progress, sum(sizes.values()), interrupts)
+        self.counts = counts
         self._volume = volume
         self._file_system = volume.file_system
         self._runner = volume.runner
-        self._items = items
+        self._top = top
+        self._listings = listings
         self._keep = attributes
         self._buffers = Buffers()
-        self._host = self._final = b""
-        self._small: list[_Small] = []
-        self._small_bytes = 0
-        self._making: tuple[list[_Small], Task[list[int]]] | None = None
+        self._final = b""
+        self._making: _Making | None = None
         self._directories: dict[int, _Directory] = {}
-        #: The inode in the volume of each item that is there.
-        self._inodes: dict[int, int] = {}
+        #: The item of each listing, and its inode in the volume; those of the listings before this one are all there.
+        self._made: dict[int, tuple[_Item, int]] = {}
+        self._filled = 0
         self._seen: dict[tuple[int, int], int] = {}
+        #: By inode, the permission bits that it can have: what its directory let it inherit says so.
+        self._most: dict[int, int] = {}
 
-    def copy(self, host: bytes, target: bytes, shown: str | bytes) -> bytes:
+    def copy(self, target: bytes, shown: str | bytes) -> bytes:
         """Copy everything; the path in the volume that the top has."""
-        directory, name, final = self._volume.run(self._find_target(host, target), shown)
-        self._host, self._final = host, final
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._settle_small)
-            for number, item in enumerate(self._items):
-                parent = directory if item.parent < 0 else self._inodes[item.parent]
-                last = name if item.parent < 0 else item.name
-                if not self._gather(item, parent, last):
-                    self._inodes[number] = self._copy_one(item, parent, last)
-                self.counts.add()
-            self._send_small()
-            self._finish_small()
+        top = self._top
+        directory, name, final = self._volume.run(self._find_target(target), shown)
+        self._final = final
+        inode = self._copy_one(top, directory, name)
+        self.counts.add()
+        if self._listings:
+            self._made[0] = top, inode
+            most, block_bytes = self._file_system.small_file_bytes, self._file_system.block_bytes
+            with SmallFiles(self._listings, most, block_bytes, plain=self._keep) as files:
+                try:
+                    for batch in files:
+                        self._fill_up_to(batch.parts[-1].listing + 1)
+                        self._make_small(files, batch)
+                    self._finish_small(files)
+                except BaseException:
+                    self._give_up_small()
+                    raise
+            self._fill_up_to(len(self._listings))
         # Times of directories, when nothing is added to them any more.
-        for number in reversed(range(len(self._items))):
-            item = self._items[number]
-            if stat.S_ISDIR(item.status.st_mode):
-                self._finish(item, self._inodes[number])
-                self.counts.add()
+        for item, inode in reversed(self._made.values()):
+            self._finish(item, inode)
+            self.counts.add()
         return final
+
+    def _fill_up_to(self, end: int) -> None:
+        """Copy what is not small of the listings up to number `end`."""
+        most = self._file_system.small_file_bytes
+        for number in range(self._filled, end):
+            listing = self._listings[number]
+            _, parent = self._made[number]
+            for row in (~listing.small(most)).nonzero()[0].tolist():
+                item = _Item(listing.path_of(row), listing.names[row], Status.of(listing.statuses[row]))
+                inode = self._copy_one(item, parent, item.name)
+                if row in listing.below:
+                    self._made[listing.below[row]] = item, inode
+                self.counts.add()
+        self._filled = max(self._filled, end)
 
     def _run(self, item: _Item, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns; its errors name the path that `item` gets in the volume."""
         return self._volume.run(coroutine, self._path_of(item))
 
     def _path_of(self, item: _Item) -> str:
-        below = item.path[len(self._host) :].lstrip(b"/")
+        below = item.path[len(self._top.path) :].lstrip(b"/")
         return os.fsdecode(os.path.join(self._final, below) if below else self._final)
 
-    async def _find_target(self, host: bytes, target: bytes) -> tuple[int, bytes, bytes]:
+    async def _find_target(self, target: bytes) -> tuple[int, bytes, bytes]:
         """The directory and name that the top gets (b"" for the directory itself), and its path."""
         spot = await walk(self._file_system, target, follow=True)
-        is_directory = stat.S_ISDIR(self._items[0].status.st_mode)
+        is_directory = stat.S_ISDIR(self._top.status.st_mode)
         found = spot.attributes
         if found is None:
             if spot.slash and not is_directory:
@@ -185,7 +224,7 @@ class _CopyIn:
         if found.kind is not FileKind.DIRECTORY:
             present(spot)
             return spot.directory, spot.name, target
-        name = os.path.basename(host)
+        name = os.path.basename(self._top.path)
         if name in (b"", b".", b".."):
             return found.inode, b"", target
         return found.inode, name, os.path.join(target, name)
@@ -254,9 +293,12 @@ class _CopyIn:
         mode = stat.S_IFMT(status.st_mode) | (
             stat.S_IMODE(status.st_mode) & 0o777 if permissions is None else permissions
         )
-        return await self._file_system.create(
+        inode = await self._file_system.create(
             parent, name, mode, uid=owner.uid, gid=owner.gid, device_number=status.st_rdev, target=target
         )
+        if not self._keep and (bits := await self._file_system.inherited_mode(parent)) is not None:
+            self._most[inode] = bits
+        return inode
 
     async def _there(self, parent: int, name: bytes) -> tuple[int, FileKind] | None:
         """The inode that has the name already, and what it is."""
@@ -340,92 +382,115 @@ class _CopyIn:
             named(error, self._path_of(item))
             raise
 
-    # Small files, many at once: while one batch is on its way to the device the next one is read.
+    # Small files, many at once: while one batch is on its way to the device the next ones are read.
 
-    def _gather(self, item: _Item, parent: int, name: bytes) -> bool:
-        """Read a small file, to be made with others soon; False if it is one that must be made by itself."""
-        status = item.status
-        most = self._file_system.small_file_bytes
-        if not stat.S_ISREG(status.st_mode) or status.st_size > most or status.st_nlink != 1 or item.parent < 0:
-            return False
-        directory = self._directories.get(parent)
-        if directory is None:
-            directory = self._directories[parent] = self._run(item, self._look_at(parent))
-        if name in directory.names:
-            return False
-        fd, status = _open_item(item)
-        try:
-            size = status.st_size
-            if size > most or (size > status.st_blocks * _SECTOR_BYTES and _has_holes(item, fd, size)):
-                return False
-            with on_host("reading", item.path):
-                if self._keep and _may_have_xattrs(fd):
-                    return False
-                content = os.read(fd, size)
-        finally:
-            os.close(fd)
-        if len(content) < size:
-            raise InUseError("it became shorter while it was copied", path=item.path)
-        if len(self._small) == _MOST_SMALL or self._small_bytes + size > _MOST_SMALL_BYTES:
-            self._send_small()
-        self._small_bytes += size
-        self._small.append(_Small(item, self._new_file(item, directory, parent, name, content)))
-        return True
+    def _make_small(self, files: SmallFiles, batch: Batch) -> None:
+        """Begin to make what is small of a batch, finish the batch before, and copy by itself what is not."""
+        rows: list[int] = []
+        alone: list[int] = []
+        row = 0
+        for number, listed in batch.parts:
+            directory = self._directory(number)
+            for name in batch.names[row : row + len(listed)]:
+                result = batch.results[row]
+                if result not in (0, NOT_SMALL):
+                    raise _not_read(self._item_of(batch, row), result)
+                small = result == 0 and name not in directory.names and not directory.inherits
+                (rows if small else alone).append(row)
+                row += 1
+        making: Making | None = None
+        if rows:
+            try:
+                making = self._run(self._item_of(batch, rows[0]), self._begin(batch, rows))
+            except NoSpaceError:
+                # One by one, so that all are there that there is room for, and the error names the first that is not.
+                alone = sorted(alone + rows)
+        self._finish_small(files)
+        if making is None:
+            files.release(batch)
+        else:
+            self._making = _Making(batch, rows, making)
+        for row in alone:
+            self._copy_alone(batch, row)
 
-    def _new_file(self, item: _Item, directory: _Directory, parent: int, name: bytes, content: bytes) -> NewFile:
-        status = item.status
-        mode = stat.S_IMODE(status.st_mode)
+    async def _begin(self, batch: Batch, rows: list[int]) -> Making:
+        import numpy
+
+        statuses, rooms, memory = batch.statuses[rows], batch.rooms[rows], batch.memory
+        block_bytes = self._file_system.block_bytes
+        needed = -(-statuses[:, SIZE] // block_bytes) * block_bytes
+        if len(rows) < len(batch.names) or (needed < rooms).any():
+            # What is not made here, or became shorter, leaves a gap.
+            starts = (numpy.cumsum(batch.rooms) - batch.rooms)[rows].tolist()
+            at = 0
+            for start, length in zip(starts, needed.tolist(), strict=True):
+                memory[at : at + length] = memory[start : start + length]
+                at += length
+        listings = [number for number, listed in batch.parts for _ in range(len(listed))]
+        numbers = numpy.array([self._made[number][1] for number in listings], numpy.int64)[rows]
+        modes, uids, gids = (statuses[:, column] for column in (MODE, UID, GID))
+        atimes, mtimes = statuses[:, [ATIME, ATIME_NS]], statuses[:, [MTIME, MTIME_NS]]
         if self._keep:
-            times = status.st_atime_ns, status.st_mtime_ns
-            return NewFile(parent, name, content, mode, status.st_uid, status.st_gid, *times)
-        now_ns, owner = wall_ns(), self._volume.owner
-        group = owner.gid if directory.group is None else directory.group
-        return NewFile(parent, name, content, mode & 0o777, owner.uid, group, now_ns, now_ns)
+            modes = modes & 0o7777
+        else:
+            owner = self._volume.owner
+            groups = [self._directory(number).group for number in listings]
+            modes = modes & 0o777
+            uids = numpy.full(len(rows), owner.uid)
+            gids = numpy.array([owner.gid if group is None else group for group in groups])[rows]
+            atimes = mtimes = numpy.tile(numpy.array(divmod(wall_ns(), 1_000_000_000)), (len(rows), 1))
+        names = [batch.names[row] for row in rows]
+        memory = memory[: int(needed.sum())]
+        return await self._file_system.begin_whole(
+            NewFiles(numbers, names, memory, statuses[:, SIZE], modes, uids, gids, atimes, mtimes)
+        )
+
+    def _directory(self, number: int) -> _Directory:
+        """The directory of a listing, as it was when it was first asked for."""
+        item, inode = self._made[number]
+        found = self._directories.get(inode)
+        if found is None:
+            found = self._directories[inode] = self._run(item, self._look_at(inode))
+        return found
 
     async def _look_at(self, directory: int) -> _Directory:
-        """What is in a directory already, and the group that it gives to what is made there."""
+        """What is in a directory already, and what it gives to what is made there."""
         found = await self._file_system.attributes(directory)
         names = frozenset(entry.name for entry in await self._file_system.entries(directory))
-        return _Directory(names, found.gid if found.mode & stat.S_ISGID else None)
+        inherits = not self._keep and await self._file_system.inherited_mode(directory) is not None
+        return _Directory(names, found.gid if found.mode & stat.S_ISGID else None, inherits)
 
-    def _send_small(self) -> None:
-        """Begin to make what was gathered, once the batch before is done."""
-        self._finish_small()
-        small, self._small, self._small_bytes = self._small, [], 0
-        if small:
-            coroutine = self._file_system.create_whole([each.new for each in small])
-            self._making = small, self._runner.start(coroutine)
+    def _item_of(self, batch: Batch, row: int) -> _Item:
+        number, at = row_of(batch.parts, row)
+        return _Item(self._listings[number].path_of(at), batch.names[row], Status.of(batch.statuses[row]))
 
-    def _finish_small(self) -> None:
-        """Wait for the batch that is being made."""
+    def _copy_alone(self, batch: Batch, row: int) -> None:
+        item = self._item_of(batch, row)
+        number, _ = row_of(batch.parts, row)
+        self._copy_one(item, self._made[number][1], item.name)
+        self.counts.add()
+
+    def _finish_small(self, files: SmallFiles) -> None:
+        """Wait for the batch that is being made, and let it have its names."""
         if self._making is None:
             return
-        small, task = self._making
+        (batch, rows, making), self._making = self._making, None
         try:
-            finished(self._runner, task)
+            self._run(self._item_of(batch, rows[0]), making.finish())
         except NoSpaceError:
-            # One by one, so that all are there that there is room for, and the error names the first that is not.
-            self._making = None
-            for item, new in small:
-                if self._run(item, self._there(new.directory, new.name)) is None:
-                    self._copy_one(item, new.directory, new.name)
-                else:
-                    self._count_small(new)
-            return
-        except ODirectError as error:
-            named(error, self._path_of(small[0].item))
-            raise
-        self._making = None
-        for each in small:
-            self._count_small(each.new)
+            for row in rows:
+                self._copy_alone(batch, row)
+        else:
+            self.counts.files += len(rows)
+            self.counts.add(copied=int(batch.statuses[rows, SIZE].sum()))
+        files.release(batch)
 
-    def _count_small(self, new: NewFile) -> None:
-        self.counts.files += 1
-        self.counts.add(copied=len(new.content))
-
-    def _settle_small(self) -> None:
+    def _give_up_small(self) -> None:
+        """Nothing of the batch that was being made is in flight any more."""
         if self._making is not None:
-            settle(self._runner, self._making[1])
+            (batch, rows, making), self._making = self._making, None
+            with contextlib.suppress(ODirectError):
+                self._run(self._item_of(batch, rows[0]), making.give_up())
 
     # Attributes.
 
@@ -436,7 +501,7 @@ class _CopyIn:
     def _attributes_of(self, item: _Item) -> dict[bytes, bytes]:
         """The extended attributes that are to be kept."""
         found = dict(_host_xattrs(item, self.counts)) if self._keep else {}
-        for name in [name for name in found if name.startswith(b"system.")]:
+        for name in [name for name in found if name.startswith(b"system.") and name not in ACLS]:
             # A file system keeps them in a form of its own.
             self.counts.leave_out(item.path, os.fsdecode(name), OSError(errno.EOPNOTSUPP, ""))
             del found[name]
@@ -449,21 +514,18 @@ class _CopyIn:
         is_link = stat.S_ISLNK(status.st_mode)
         if not self._keep:
             if not is_link:
-                await file_system.set_attributes(inode, mode=mode & 0o777)
+                await file_system.set_attributes(inode, mode=mode & self._most.get(inode, 0o777))
             return
-        for name, value in xattrs.items():
-            try:
-                await file_system.set_xattr(inode, name, value)
-            except (UnsupportedError, PathError, NoSpaceError) as error:
-                self.counts.leave_out(item.path, os.fsdecode(name), error)
-        await file_system.set_attributes(
+        missed = await tree.make_like(
+            file_system,
             inode,
             mode=None if is_link else mode,
-            uid=status.st_uid,
-            gid=status.st_gid,
-            atime_ns=status.st_atime_ns,
-            mtime_ns=status.st_mtime_ns,
+            owner=(status.st_uid, status.st_gid),
+            times_ns=(status.st_atime_ns, status.st_mtime_ns),
+            xattrs=xattrs,
         )
+        for name, error in missed:
+            self.counts.leave_out(item.path, os.fsdecode(name), error)
 
 
 def _not_replaced(path: object) -> DirectoryError:
@@ -473,7 +535,7 @@ def _not_replaced(path: object) -> DirectoryError:
 def _open_item(item: _Item) -> tuple[int, os.stat_result]:
     """A descriptor of the very file that was planned for, the caller's to close, and what it says now."""
     # The top may have been reached by a link; what is below never is.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if item.parent >= 0 else 0)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (os.O_NOFOLLOW if not item.is_top else 0)
     with on_host("opening", item.path):
         fd = os.open(item.path, flags)
     try:
@@ -506,15 +568,13 @@ def _data_runs(item: _Item, fd: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _has_holes(item: _Item, fd: int, size: int) -> bool:
-    return list(_data_runs(item, fd, size)) != [(0, size)]
-
-
-def _may_have_xattrs(fd: int) -> bool:
-    try:
-        return bool(os.listxattr(fd))
-    except OSError as error:
-        return error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS)
+def _not_read(item: _Item, result: int) -> ODirectError:
+    """Why a small file could not be read."""
+    if result == ANOTHER:
+        return InUseError("another file has taken its name while it was copied", path=item.path)
+    if result == SHORTER:
+        return InUseError("it became shorter while it was copied", path=item.path)
+    return from_errno(-result, "reading", item.path)
 
 
 def _read_full(item: _Item, source: int | files.File, view: memoryview, offset: int) -> None:
@@ -531,7 +591,7 @@ def _read_full(item: _Item, source: int | files.File, view: memoryview, offset: 
 
 
 def _host_xattrs(item: _Item, counts: Counts) -> Iterator[tuple[bytes, bytes]]:
-    follow = item.parent < 0
+    follow = item.is_top
     try:
         names = os.listxattr(item.path, follow_symlinks=follow)
     except OSError as error:

@@ -20,6 +20,7 @@ from odirect.dio.mapping import ExtentKind
 from odirect.fs import tree
 from odirect.fs.base import Attributes, FileKind, VolumeFile
 from odirect.fs.paths import checked_name, path_bytes, resolve
+from odirect.host_tree import set_xattrs
 from odirect.sched.interrupts import Interrupts
 from odirect.sched.scheduler import Task
 from odirect.volume_bulk import read_ahead
@@ -384,13 +385,8 @@ class _CopyOut:
             # What would have run as the owner must not run as us.
             mode &= 0o1777
         # A new owner takes capabilities away, and permissions may forbid to add attributes: so in between.
-        for name, value in xattrs.items():
-            try:
-                if name.startswith(b"system."):
-                    raise OSError(errno.EOPNOTSUPP, "")  # Kept in the file system's own form.
-                os.setxattr(fd, name, value)
-            except OSError as error:
-                self.counts.leave_out(item.below, os.fsdecode(name), error)
+        for name, reason in set_xattrs(fd, xattrs):
+            self.counts.leave_out(item.below, os.fsdecode(name), reason)
         os.fchmod(fd, mode)
         os.utime(fd, ns=(attributes.atime_ns, attributes.mtime_ns))
 
@@ -403,8 +399,6 @@ class _CopyOut:
             if not is_link:
                 os.chmod(name, mode & 0o777, dir_fd=parent)
             return
-        for attribute in xattrs:
-            self.counts.leave_out(item.below, os.fsdecode(attribute), OSError(errno.EOPNOTSUPP, ""))
         try:
             os.chown(name, attributes.uid, attributes.gid, dir_fd=parent, follow_symlinks=False)
         except OSError as error:
@@ -412,6 +406,10 @@ class _CopyOut:
                 raise
             self.counts.leave_out(item.below, f"owner {attributes.uid}:{attributes.gid}", error)
             mode &= 0o1777
+        # The one way to the attributes of what is not opened that goes by a descriptor of its directory.
+        path = b"/proc/self/fd/%d/%s" % (parent, name)
+        for attribute, reason in set_xattrs(path, xattrs, follow_symlinks=False):
+            self.counts.leave_out(item.below, os.fsdecode(attribute), reason)
         if not is_link:
             # Made by us, a moment ago, under a name that nobody knows.
             os.chmod(name, mode, dir_fd=parent)

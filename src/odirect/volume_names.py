@@ -238,8 +238,8 @@ class VolumeNames:
         target = self.run(tree.read_link(self.file_system, encoded), shown)
         return target if isinstance(shown, bytes) else os.fsdecode(target)
 
-    def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[str, bytes]:
-        """The extended attributes of what is at `path`, by their full names ("user.comment")."""
+    def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[bytes, bytes]:
+        """The extended attributes of what is at `path`, by their full names (b"user.comment")."""
         encoded, shown = self._path(path)
         return self.run(tasks.xattrs(self.file_system, encoded, follow=follow_symlinks), shown)
 

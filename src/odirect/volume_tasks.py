@@ -114,10 +114,10 @@ async def found_at(file_system: FileSystem, path: bytes, *, follow: bool) -> Att
         raise
 
 
-async def xattrs(file_system: FileSystem, path: bytes, *, follow: bool) -> dict[str, bytes]:
+async def xattrs(file_system: FileSystem, path: bytes, *, follow: bool) -> dict[bytes, bytes]:
     """The extended attributes of what is at `path`, by their full names."""
     found = await resolve(file_system, path, follow=follow)
-    return {os.fsdecode(name): value for name, value in (await file_system.xattrs(found.inode)).items()}
+    return await file_system.xattrs(found.inode)
 
 
 # --- making --------------------------------------------------------------------------------------

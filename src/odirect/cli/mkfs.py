@@ -19,9 +19,13 @@ from odirect.cli.options import Uuid
 from odirect.sched.interrupts import Interrupts
 
 if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
     from odirect.block.device import BlockDevice
     from odirect.fs.ext2.format import Superblock
     from odirect.fs.ext2.mkfs import Plan
+    from odirect.host_tree import Listing
     from odirect.volume_copy import TreeReport
 
 # Boot sectors, partition tables and superblocks of all that is known lie in the first, those of RAID in the last.
@@ -151,12 +155,15 @@ def _made_to_fit(
     image: str, source: str, wanted: _Wanted, there: os.stat_result | None, progress: bool | None
 ) -> _Made:
     """A new volume that is large enough for what is in `source`."""
-    needs = _Needs.of(source)
+    listings = _listed(source)
+    needs = _Needs.of(listings, xattrs=True)
     size = needs.size(wanted)
     for turn in range(_MOST_TRIES):
         try:
             with _room(image, size, there):
-                return _make_and_fill(image, size, source, wanted, progress, blank=True, force=False, needs=needs)
+                return _make_and_fill(
+                    image, size, source, wanted, progress, blank=True, force=False, needs=needs, listings=listings
+                )
         except NoSpaceError:
             # The host's own disk may be full; then a larger image is no help, and neither is the last try's.
             if turn == _MOST_TRIES - 1 or _is_full(image):
@@ -205,12 +212,15 @@ def _make_and_fill(
     blank: bool,
     force: bool,
     needs: _Needs | None = None,
+    listings: list[Listing] | None = None,
 ) -> _Made:
-    if source is not None and needs is None:
-        needs = _Needs.of(source)
+    if source is not None and listings is None:
+        listings = _listed(source)
+        needs = _Needs.of(listings, xattrs=False)
     superblock, size = _make(image, size, wanted, needs, blank=blank, force=force)
     if source is None:
         return _Made(superblock, size, None)
+    from odirect.volume_copy_in import copy_in
     from odirect.volumes import open_volume
 
     with (
@@ -218,7 +228,14 @@ def _make_and_fill(
         common.progress_bar(common.shown(source), common.wants_progress(progress)) as told,
     ):
         # With a slash: what is in it, not the directory itself.
-        return _Made(superblock, size, volume.copy_in(os.path.join(source, ""), "/", progress=told))
+        filled = copy_in(volume, os.path.join(source, ""), "/", progress=told, listings=listings)
+        return _Made(superblock, size, filled)
+
+
+def _listed(source: str) -> list[Listing]:
+    from odirect.host_tree import list_tree
+
+    return list_tree(os.fsencode(os.path.join(source, "")))
 
 
 def _make(
@@ -295,58 +312,55 @@ async def _is_zero(device: BlockDevice) -> bool:
 
 
 class _Needs(NamedTuple):
-    """What a tree takes: its inodes, its directories' entries, and (bytes of data, size) of each file."""
+    """What a tree takes: its inodes, its directories' entries, and bytes of data and size of each file, as columns."""
 
     inodes: int
     entry_bytes: list[int]
-    files: list[tuple[int, int]]
+    data: NDArray[numpy.int64]
+    sizes: NDArray[numpy.int64]
     extra_blocks: int
 
     @classmethod
-    def of(cls, source: str) -> _Needs:
-        """What is in the directory `source` takes; what cannot be read is told when it is copied."""
-        entries, files = [], []
+    def of(cls, listings: list[Listing], *, xattrs: bool) -> _Needs:
+        """What is in these directories takes; what cannot be read is told when it is copied.
+
+        xattrs: ask each file whether it has extended attributes, which take a block.
+        """
+        import numpy
+
+        from odirect.host_tree import BLOCKS, DEV, INO, NLINK, SIZE
+
+        entries, data, sizes = [], [numpy.zeros(0, numpy.int64)], [numpy.zeros(0, numpy.int64)]
         seen: set[tuple[int, int]] = set()
         inodes = extra = 0
-        waiting = [os.fsencode(source)]
-        while waiting:
-            directory = waiting.pop()
-            used = 0
-            try:
-                with os.scandir(directory) as found:
-                    for entry in found:
-                        used += 8 + align_up(len(entry.name), 4)
-                        status = entry.stat(follow_symlinks=False)
-                        identity = status.st_dev, status.st_ino
-                        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-                            if identity in seen:
-                                continue
-                            seen.add(identity)
-                        inodes += 1
-                        with contextlib.suppress(OSError):
-                            extra += bool(os.listxattr(entry.path, follow_symlinks=False))
-                        if stat.S_ISDIR(status.st_mode):
-                            waiting.append(entry.path)
-                        elif stat.S_ISREG(status.st_mode):
-                            files.append((min(status.st_size, max(status.st_blocks * 512, 1)), status.st_size))
-                        elif stat.S_ISLNK(status.st_mode):
-                            extra += 1
-            except OSError as error:
-                raise from_errno(error.errno or errno.EIO, "looking through it", os.fsdecode(directory)) from error
-            entries.append(used)
-        return cls(inodes, entries, files, extra)
+        for listing in listings:
+            statuses = listing.statuses
+            entries.append(sum(8 + align_up(len(name), 4) for name in listing.names))
+            new = ~listing.are(stat.S_IFDIR) & (statuses[:, NLINK] > 1)
+            for row in new.nonzero()[0].tolist():
+                identity = int(statuses[row, DEV]), int(statuses[row, INO])
+                new[row] = identity not in seen
+                seen.add(identity)
+            new |= listing.are(stat.S_IFDIR) | (statuses[:, NLINK] <= 1)
+            inodes += int(new.sum())
+            extra += int((new & listing.are(stat.S_IFLNK)).sum())
+            for row in new.nonzero()[0].tolist() if xattrs else ():
+                with contextlib.suppress(OSError):
+                    extra += bool(os.listxattr(listing.path_of(row), follow_symlinks=False))
+            files = statuses[new & listing.are(stat.S_IFREG)]
+            sizes.append(files[:, SIZE])
+            data.append(numpy.minimum(files[:, SIZE], numpy.maximum(files[:, BLOCKS] * 512, 1)))
+        return cls(inodes, entries, numpy.concatenate(data), numpy.concatenate(sizes), extra)
 
     def blocks(self, block_bytes: int) -> int:
         """Blocks of this size that it takes at most."""
         pointers = block_bytes // 4
-        total = self.extra_blocks
-        for used in self.entry_bytes:
-            # Entries do not cross sectors of 512 bytes, which wastes some of each.
-            total += 1 + -(-used * 5 // 4 // block_bytes)
-        for data, size in self.files:
-            blocks = -(-data // block_bytes) + (data < size)
-            total += blocks + (0 if blocks <= 12 and data == size else 3 + -(-blocks // pointers) * 2)
-        return total
+        # Entries do not cross sectors of 512 bytes, which wastes some of each.
+        total = self.extra_blocks + sum(1 + -(-used * 5 // 4 // block_bytes) for used in self.entry_bytes)
+        sparse = self.data < self.sizes
+        blocks = -(-self.data // block_bytes) + sparse
+        indirect = 3 + -(-blocks // pointers) * 2
+        return total + int(blocks.sum()) + int(indirect[(blocks > 12) | sparse].sum())
 
     def size(self, wanted: _Wanted) -> int:
         """The size of a volume that it fits in, with some room."""

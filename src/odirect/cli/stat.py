@@ -54,7 +54,7 @@ def command(paths: tuple[str, ...], dereference: bool, as_json: bool) -> None:
 
 def _gather(
     volumes: Volumes, place: VolumePlace, *, follow: bool
-) -> tuple[dict[str, Any], Attributes, bytes | None, dict[str, bytes]]:
+) -> tuple[dict[str, Any], Attributes, bytes | None, dict[bytes, bytes]]:
     """For JSON, the attributes, where a link leads, and the extended attributes."""
     volume = volumes.of(place)
     attributes = volume.attributes(place.path, follow_symlinks=follow)
@@ -65,12 +65,12 @@ def _gather(
     told["block_bytes"] = attributes.block_bytes
     if target is not None:
         told |= names.told(target, "target")
-    told["xattrs"] = {common.shown(name): value.hex() for name, value in xattrs.items()}
+    told["xattrs"] = {common.shown(os.fsdecode(name)): value.hex() for name, value in xattrs.items()}
     return told, attributes, target, xattrs
 
 
 def _lines(
-    place: VolumePlace, _told: object, attributes: Attributes, target: bytes | None, xattrs: dict[str, bytes]
+    place: VolumePlace, _told: object, attributes: Attributes, target: bytes | None, xattrs: dict[bytes, bytes]
 ) -> list[str]:
     what = attributes.kind.value
     if attributes.kind in (FileKind.CHARACTER, FileKind.BLOCK):
@@ -90,5 +90,5 @@ def _lines(
     for number, (name, value) in enumerate(sorted(xattrs.items())):
         cut = "" if len(value) <= _SHOWN_BYTES else f"... ({len(value)} bytes)"
         shown = names.escaped(value[:_SHOWN_BYTES])
-        rows.append(["" if number else "attributes", f"{common.shown(name)} = {shown}{cut}"])
+        rows.append(["" if number else "attributes", f"{common.shown(os.fsdecode(name))} = {shown}{cut}"])
     return [f"{place}{leads_to}: {what}", "", *common.columns(rows)]

@@ -18,6 +18,7 @@ from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import is_same_image, naming
 from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
 from odirect.fs.base import NewFile
+from odirect.host_tree import set_xattrs
 from odirect.sched.clock import wall_ns
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ Access = Literal["auto", "strict"]
 SMALL_BYTES = 128 << 10
 
 _WHOLE = stat.S_IRUSR | stat.S_IWUSR
+# All permission bits.
+_ALL = 0o777
 
 
 class Source(Protocol):
@@ -118,6 +121,8 @@ class VolumeTree:
         self._without: set[int] = set()
         self._fetched: dict[bytes, bytes] = {}
         self._directories: dict[bytes, int] = {}
+        #: Those that have a list of access rights for what is made in them, and the most that it allows.
+        self._inheriting: dict[bytes, int] = {}
 
     def _place(self, path: bytes) -> VolumePlace:
         return VolumePlace(self.image, path)
@@ -223,29 +228,25 @@ class VolumeTree:
 
     def change(self, path: bytes, changes: Changes) -> list[str]:
         """See `Changes`: in one go, and the times last."""
-        from odirect.base.errors import NoSpaceError, PathError, UnsupportedError
         from odirect.fs.paths import resolve
+        from odirect.fs.tree import make_like
 
         volume = self._volume
-        file_system = volume.file_system
-        missed: list[str] = []
 
-        async def apply() -> None:
+        async def apply() -> list[tuple[bytes, ODirectError]]:
+            file_system = volume.file_system
             inode = (await resolve(file_system, path, follow=False)).inode
-            for name, value in (changes.xattrs or {}).items():
-                try:
-                    await file_system.set_xattr(inode, name, value)
-                except (UnsupportedError, PathError, NoSpaceError) as error:
-                    missed.append(f"attribute {os.fsdecode(name)}: {error.message}")
-            uid, gid = changes.owner or (None, None)
-            atime_ns, mtime_ns = changes.times_ns or (None, None)
-            await file_system.set_attributes(
-                inode, mode=changes.mode, uid=uid, gid=gid, atime_ns=atime_ns, mtime_ns=mtime_ns
-            )
+            mode = changes.mode
+            if mode is not None and changes.xattrs is None and changes.owner is None:
+                # Something new, with a mode of its own: what it has inherited bounds that.
+                above = (await resolve(file_system, os.path.dirname(path) or b"/", follow=True)).inode
+                bits = await file_system.inherited_mode(above)
+                mode &= _ALL if bits is None else bits
+            return await make_like(file_system, inode, **changes._replace(mode=mode)._asdict())
 
         with naming(self._place(path)):
-            volume.run(apply(), path)
-        return missed
+            missed = volume.run(apply(), path)
+        return [f"attribute {os.fsdecode(name)}: {error.message}" for name, error in missed]
 
     def rename(self, path: bytes, other: bytes) -> None:
         """Move `path` over `other`."""
@@ -272,14 +273,21 @@ class VolumeTree:
             number = self._directories.get(directory)
             if number is None:
                 number = self._directories[directory] = volume.attributes(directory).inode
+                bits = volume.run(volume.file_system.inherited_mode(number), directory)
+                if bits is not None:
+                    self._inheriting[directory] = bits
+            mode = changes.mode or 0
+            if changes.xattrs is None:
+                mode &= self._inheriting.get(directory, _ALL)
             uid, gid = changes.owner or owner
             atime_ns, mtime_ns = changes.times_ns or (now_ns, now_ns)
-            made.append(NewFile(number, name, content, changes.mode or 0, uid, gid, atime_ns, mtime_ns))
+            made.append(NewFile(number, name, content, mode, uid, gid, atime_ns, mtime_ns))
         with naming(self._place(os.path.dirname(files[0].path))):
             volume.run(volume.file_system.create_whole(made), files[0].path)
         missed = []
         for path, _, changes in files:
-            if changes.xattrs:
+            inherits = changes.xattrs is not None and os.path.dirname(path) in self._inheriting
+            if changes.xattrs or inherits:
                 missed += [f"{self.shown(path)}: {sentence}" for sentence in self.change(path, changes)]
         way = Outcome(Kind.BOUNCED if volume.is_direct else Kind.BUFFERED, promise=Promise.DEVICE)
         return {way: Tally(len(files), sum(len(content) for _, content, _ in files))}, missed
@@ -418,11 +426,9 @@ class HostTree:
                 missed.append(f"owner {changes.owner[0]}:{changes.owner[1]}: {os.strerror(error.errno or 0)}")
                 # What is somebody else's runs as us now, so not with his rights.
                 mode = None if mode is None else mode & ~(stat.S_ISUID | stat.S_ISGID)
-        for name, value in (changes.xattrs or {}).items():
-            try:
-                os.setxattr(path, name, value, follow_symlinks=False)
-            except OSError as error:
-                missed.append(f"attribute {os.fsdecode(name)}: {os.strerror(error.errno or 0)}")
+        if changes.xattrs is not None:
+            for name, reason in set_xattrs(path, changes.xattrs, follow_symlinks=False):
+                missed.append(f"attribute {os.fsdecode(name)}: {os.strerror(reason.errno or 0)}")
         with _answers("changing its mode and times", path):
             if mode is not None and not is_link:
                 os.chmod(path, mode)

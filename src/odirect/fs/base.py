@@ -11,8 +11,8 @@ import contextlib
 import enum
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from odirect.base.errors import CorruptionError, NoSpaceError, ODirectError
 from odirect.base.units import align_up
@@ -20,6 +20,15 @@ from odirect.block.buffers import empty
 from odirect.block.device import Limits
 from odirect.dio.mapping import Extent
 from odirect.dio.outcome import Outcome
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+
+_SECOND = 1_000_000_000
+
+#: The attributes that say more of who may do what than a mode does: of an inode, and of what is made in a directory.
+ACLS = (b"system.posix_acl_access", b"system.posix_acl_default")
 
 Access = Literal["auto", "strict", "buffered"]
 ACCESSES: tuple[Access, ...] = ("auto", "strict", "buffered")
@@ -107,6 +116,67 @@ class NewFile(NamedTuple):
     gid: int = 0
     atime_ns: int = 0
     mtime_ns: int = 0
+
+
+class NewFiles(NamedTuple):
+    """Regular files to be made, with all that is in them, as columns of one row for each.
+
+    memory: the contents, one after the other, each from a multiple of the file system's block on, with zeroes
+    after it. sizes in bytes, modes without type bits. atimes, mtimes: seconds since 1970 and nanoseconds, side
+    by side. All but names and memory are arrays of int64.
+    """
+
+    directories: NDArray[numpy.int64]
+    names: list[bytes]
+    memory: memoryview
+    sizes: NDArray[numpy.int64]
+    modes: NDArray[numpy.int64]
+    uids: NDArray[numpy.int64]
+    gids: NDArray[numpy.int64]
+    atimes: NDArray[numpy.int64]
+    mtimes: NDArray[numpy.int64]
+
+    @classmethod
+    def pack(cls, files: Sequence[NewFile], block_bytes: int) -> NewFiles:
+        """These files, their contents copied."""
+        import numpy
+
+        sizes = numpy.array([len(file.content) for file in files], numpy.int64)
+        memory = empty(int((-(-sizes // block_bytes)).sum()) * block_bytes)  # Zeroes.
+        at = 0
+        for file in files:
+            memory[at : at + len(file.content)] = file.content
+            at += align_up(len(file.content), block_bytes)
+        columns = numpy.array([(file.directory, file.mode, file.uid, file.gid) for file in files], numpy.int64).reshape(
+            -1, 4
+        )
+        times = [
+            numpy.array([divmod(time, _SECOND) for time in column], numpy.int64).reshape(-1, 2)
+            for column in ([file.atime_ns for file in files], [file.mtime_ns for file in files])
+        ]
+        directories, modes, uids, gids = columns.T
+        return cls(directories, [file.name for file in files], memory, sizes, modes, uids, gids, times[0], times[1])
+
+    def rows(self, block_bytes: int) -> Iterator[NewFile]:
+        """Each file by itself; the contents are not copied."""
+        at = 0
+        for row, (name, size) in enumerate(zip(self.names, self.sizes.tolist(), strict=True)):
+            times = (int(column[row, 0]) * _SECOND + int(column[row, 1]) for column in (self.atimes, self.mtimes))
+            numbers = (int(column[row]) for column in (self.modes, self.uids, self.gids))
+            yield NewFile(int(self.directories[row]), name, self.memory[at : at + size], *numbers, *times)
+            at += align_up(size, block_bytes)
+
+
+class Making(ABC):
+    """Files whose data is on its way. One of the two is called, once."""
+
+    @abstractmethod
+    async def finish(self) -> list[int]:
+        """The files' inodes: all is written, and they have their names now. Raises as `create_whole` does."""
+
+    @abstractmethod
+    async def give_up(self) -> None:
+        """Nothing of it is in flight any more, and no file was made."""
 
 
 class SpaceUse(NamedTuple):
@@ -339,6 +409,10 @@ class FileSystem(ABC):
         """Those of these inodes that have extended attributes, or may have."""
         return {number for number in dict.fromkeys(inodes) if await self.xattrs(number)}
 
+    async def inherited_mode(self, directory: int) -> int | None:
+        """The permission bits that what is made in a directory has at most; None if it inherits no access list."""
+        return None
+
     async def create_whole(self, files: Sequence[NewFile]) -> list[int]:
         """The inodes of these new files, made with their contents. For many small ones.
 
@@ -366,6 +440,14 @@ class FileSystem(ABC):
             numbers.append(number)
         return numbers
 
+    async def begin_whole(self, files: NewFiles) -> Making:
+        """Begin to make files: their contents are on their way, and `files.memory` is theirs until the end.
+
+        Who makes many begins some, then finishes those before. They inherit nothing of their directories. Raises
+        as `create_whole` does, nothing being begun.
+        """
+        return _Later(self, files)
+
     async def _write_whole(self, file: VolumeFile, new: NewFile) -> None:
         done, content = 0, memoryview(new.content)
         while done < len(content):
@@ -389,3 +471,17 @@ class FileSystem(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Sync, mark the volume clean if it was opened for writing, and let go of it. Open handles are closed."""
+
+
+class _Later(Making):
+    """Files that are made when they are to be finished, one by one."""
+
+    def __init__(self, file_system: FileSystem, files: NewFiles) -> None:
+        self._file_system = file_system
+        self._files = files
+
+    async def finish(self) -> list[int]:
+        return await self._file_system.create_whole(list(self._files.rows(self._file_system.block_bytes)))
+
+    async def give_up(self) -> None:
+        pass

@@ -10,10 +10,20 @@ from __future__ import annotations
 
 import errno
 import stat
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from odirect.base.errors import CorruptionError, ExistsError, MissingError, NotDirectoryError, UnsupportedError
-from odirect.fs.base import Access, Attributes, DirEntry, FileKind, FileSystem, VolumeFile
+from odirect.base.errors import (
+    CorruptionError,
+    ExistsError,
+    MissingError,
+    NoSpaceError,
+    NotDirectoryError,
+    ODirectError,
+    PathError,
+    UnsupportedError,
+)
+from odirect.fs.base import ACLS, Access, Attributes, DirEntry, FileKind, FileSystem, VolumeFile
 from odirect.fs.paths import Spot, checked_name, failure, look_at, present, resolve, walk
 
 
@@ -320,3 +330,40 @@ async def _free_spot(file_system: FileSystem, path: bytes, doing: str, *, direct
     if spot.slash and not directory:
         raise failure(errno.ENOENT, doing)
     return spot
+
+
+async def make_like(
+    file_system: FileSystem,
+    inode: int,
+    *,
+    mode: int | None = None,
+    owner: tuple[int, int] | None = None,
+    times_ns: tuple[int, int] | None = None,
+    xattrs: Mapping[bytes, bytes] | None = None,
+) -> list[tuple[bytes, ODirectError]]:
+    """Give an inode what its original has; None is left alone. The attributes that could not be given, and why.
+
+    With xattrs, access lists that it has inherited and its original has not are taken away. times_ns: of access
+    and of modification.
+    """
+    missed: list[tuple[bytes, ODirectError]] = []
+
+    async def put(name: bytes, value: bytes | None) -> None:
+        try:
+            await file_system.set_xattr(inode, name, value)
+        except (UnsupportedError, PathError, NoSpaceError) as error:
+            missed.append((name, error))
+
+    for name, value in (xattrs or {}).items():
+        if name not in ACLS:
+            await put(name, value)
+    uid, gid = owner or (None, None)
+    atime_ns, mtime_ns = times_ns or (None, None)
+    await file_system.set_attributes(inode, mode=mode, uid=uid, gid=gid, atime_ns=atime_ns, mtime_ns=mtime_ns)
+    if xattrs is not None:
+        # After the mode, which they say more exactly.
+        inherited = await file_system.xattrs(inode)
+        for name in ACLS:
+            if name in xattrs or name in inherited:
+                await put(name, xattrs.get(name))
+    return missed

@@ -1,7 +1,14 @@
 import os
 from typing import Final, NamedTuple, final
 
+import numpy
+from numpy.typing import NDArray
+
 NOT_SIMPLE: Final[int]
+STATUS_FIELDS: Final[tuple[str, ...]]
+NOT_SMALL: Final[int]
+ANOTHER: Final[int]
+SHORTER: Final[int]
 
 def fork_generation() -> int: ...
 def address_of(buffer: object) -> int: ...
@@ -46,3 +53,13 @@ def sync_file_range(fd: int, offset: int, length: int, flags: int) -> int: ...
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int: ...
 def copy_guarded(target: object, source: object) -> int: ...
 def zero_fill(buffer: object) -> int: ...
+def list_directory(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> tuple[list[bytes], bytearray]: ...
+def read_small(
+    directories: list[bytes],
+    counts: NDArray[numpy.int64],
+    names: list[bytes],
+    statuses: NDArray[numpy.int64],
+    memory: memoryview | bytearray,
+    rooms: NDArray[numpy.int64],
+    plain: bool,
+) -> list[int]: ...

@@ -68,6 +68,26 @@ cdef extern from "kernel_calls.h" nogil:
     Py_ssize_t od_copy(void *target, void *source, size_t bytes)
     Py_ssize_t od_zero(void *target, size_t bytes)
 
+    struct od_status:
+        int64_t mode, ino, dev, nlink, uid, gid, rdev, size, blocks, atime, atime_ns, mtime, mtime_ns
+
+    int od_open_directory(const char *path)
+    int64_t od_getdents(int fd, void *memory, size_t bytes)
+    int od_status_of(int directory, const char *name, od_status *result)
+    int od_read_small(int directory, const char *name, od_status *status, char *memory, size_t room, bint plain)
+    int OD_NOT_SMALL, OD_ANOTHER, OD_SHORTER
+    int close(int fd)
+
+
+#: The columns of what `list_directory` says of each name, in 64 bits each; times are seconds since 1970, and
+#: nanoseconds.
+STATUS_FIELDS = (
+    *("mode", "ino", "dev", "nlink", "uid", "gid", "rdev", "size", "blocks"),
+    *("atime", "atime_ns", "mtime", "mtime_ns"),
+)
+#: What `read_small` answers for a file besides 0 and a negative errno: it is not small, another file has taken its
+#: name, it was cut short.
+NOT_SMALL, ANOTHER, SHORTER = OD_NOT_SMALL, OD_ANOTHER, OD_SHORTER
 
 #: What `DirectHandle` answers when a request needs the long way round; nothing has been done then.
 NOT_SIMPLE = -1 << 40
@@ -335,8 +355,7 @@ def statx(target):
     else:
         fd = AT_FDCWD
         path = os.fsencode(target)
-        if b"\0" in path:
-            raise ValueError("embedded null byte")
+        whole_word(path)
     name = path
     with nogil:
         error = od_statx_call(fd, name, flags, &result)
@@ -446,3 +465,138 @@ def zero_fill(buffer):
             done = view.len
     PyBuffer_Release(&view)
     return done
+
+
+cdef enum:
+    # What one getdents64 is asked for; and the least that a name takes of it.
+    DENTS_BYTES = 1 << 16
+    LEAST_DENT_BYTES = 24
+    MOST_DENTS = DENTS_BYTES // LEAST_DENT_BYTES
+    DENT_LENGTH_AT = 16
+    DENT_NAME_AT = 19
+
+
+def list_directory(path):
+    """(names, statuses) of all that is in a directory of the host but "." and "..", as they come.
+
+    names: list of bytes. statuses: bytearray of `STATUS_FIELDS` in int64 for each name, symbolic links not followed.
+    Raises an ODirectError with the kernel's errno, which names the path. Source: getdents64(2).
+    """
+    cdef bytes encoded = os.fsencode(path)
+    cdef const char *where = whole_word(encoded)
+    cdef int fd, error = 0
+    cdef int64_t count, at
+    cdef Py_ssize_t found, index
+    cdef char *entry
+    cdef od_status *statuses
+    cdef const char *names[MOST_DENTS]
+    cdef bytearray all_statuses = bytearray()
+    cdef bytearray dents = bytearray(DENTS_BYTES)
+    cdef bytearray some = bytearray(MOST_DENTS * sizeof(od_status))
+    cdef char *memory = dents
+    cdef list all_names = []
+    statuses = <od_status *><char *>some
+    with nogil:
+        fd = od_open_directory(where)
+    if fd < 0:
+        raise from_errno(-fd, "listing", path)
+    try:
+        while True:
+            found = 0
+            with nogil:
+                count = od_getdents(fd, memory, DENTS_BYTES)
+                at = 0
+                while at < count:
+                    entry = memory + at
+                    at += (<uint16_t *>(entry + DENT_LENGTH_AT))[0]
+                    entry += DENT_NAME_AT
+                    if entry[0] == c"." and (entry[1] == 0 or (entry[1] == c"." and entry[2] == 0)):
+                        continue
+                    names[found] = entry
+                    error = od_status_of(fd, entry, statuses + found)
+                    found += 1
+                    if error:
+                        break
+            if error:
+                raise from_errno(-error, "looking at it", os.path.join(encoded, names[found - 1]))
+            if count < 0:
+                raise from_errno(-count, "listing", path)
+            if count == 0:
+                return all_names, all_statuses
+            for index in range(found):
+                all_names.append(<bytes>names[index])
+            all_statuses += (<char *>statuses)[:found * sizeof(od_status)]
+            PyErr_CheckSignals()
+    finally:
+        close(fd)
+
+
+def read_small(
+    list directories,
+    const int64_t[::1] counts,
+    list names,
+    int64_t[:, ::1] statuses,
+    unsigned char[::1] memory,
+    const int64_t[::1] rooms,
+    bint plain,
+):
+    """For each of many small files of the host, 0 if all of it was read, else why not.
+
+    directories: their paths. counts: how many of `names`, in order, are in each. statuses: what `list_directory`
+    said, a row of `STATUS_FIELDS` for each name; brought up to date. memory: where the bytes go, one file after
+    the other. rooms: the bytes that each has there; what it does not need is zeroed. plain: files with
+    extended attributes are NOT_SMALL. Answers a list: 0, NOT_SMALL, ANOTHER, SHORTER, or a negative errno.
+
+    Raises ValueError if the lengths do not match, or a path or name has a zero byte.
+    """
+    cdef Py_ssize_t total = len(names), index = 0, last, each, groups = len(directories)
+    cdef int64_t at = 0
+    cdef int fd
+    cdef bytearray path_memory = bytearray(groups * sizeof(void *))
+    cdef bytearray name_memory = bytearray(total * sizeof(void *))
+    cdef bytearray answers = bytearray(total * sizeof(int))
+    cdef const char **paths = <const char **><char *>path_memory
+    cdef const char **starts = <const char **><char *>name_memory
+    cdef int *results = <int *><char *>answers
+    cdef od_status *rows = NULL
+    cdef char *bytes_at = NULL
+    if (
+        counts.shape[0] != groups
+        or sum(counts) != total
+        or rooms.shape[0] != total
+        or statuses.shape[0] != total
+        or statuses.shape[1] * sizeof(int64_t) != sizeof(od_status)
+        or min(rooms, default=0) < 0
+        or min(counts, default=0) < 0
+        or sum(rooms) > memory.shape[0]
+    ):
+        raise ValueError(f"{total} names do not match the counts, statuses and rooms")
+    for each in range(groups):
+        paths[each] = whole_word(directories[each])
+    for each in range(total):
+        starts[each] = whole_word(names[each])
+    if total:
+        rows = <od_status *>&statuses[0, 0]
+    if memory.shape[0]:
+        bytes_at = <char *>&memory[0]
+    with nogil:
+        for each in range(groups):
+            fd = od_open_directory(paths[each])
+            last = index + counts[each]
+            while index < last:
+                if fd < 0:
+                    results[index] = fd
+                else:
+                    results[index] = od_read_small(fd, starts[index], rows + index, bytes_at + at, rooms[index], plain)
+                at += rooms[index]
+                index += 1
+            if fd >= 0:
+                close(fd)
+    return [results[each] for each in range(total)]
+
+
+cdef const char *whole_word(bytes word) except NULL:
+    """The characters of a path or name; they live as long as it does."""
+    if b"\0" in word:
+        raise ValueError("embedded null byte")
+    return word

@@ -19,6 +19,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #ifndef __NR_cachestat
@@ -149,6 +150,109 @@ static inline ssize_t od_zero(void *target, size_t bytes)
         done += (size_t)moved;
     }
     return (ssize_t)done;
+}
+
+/* What the host says of one name; times are seconds since 1970, and nanoseconds. */
+struct od_status {
+    int64_t mode, ino, dev, nlink, uid, gid, rdev, size, blocks, atime, atime_ns, mtime, mtime_ns;
+};
+
+static inline void od_take_status(struct od_status *into, const struct stat64 *from)
+{
+    into->mode = from->st_mode;
+    into->ino = from->st_ino;
+    into->dev = from->st_dev;
+    into->nlink = from->st_nlink;
+    into->uid = from->st_uid;
+    into->gid = from->st_gid;
+    into->rdev = from->st_rdev;
+    into->size = from->st_size;
+    into->blocks = from->st_blocks;
+    into->atime = from->st_atim.tv_sec;
+    into->atime_ns = from->st_atim.tv_nsec;
+    into->mtime = from->st_mtim.tv_sec;
+    into->mtime_ns = from->st_mtim.tv_nsec;
+}
+
+static inline int od_open_directory(const char *path)
+{
+    int fd;
+    do
+        fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (fd < 0 && errno == EINTR);
+    return fd < 0 ? -errno : fd;
+}
+
+static inline int64_t od_getdents(int fd, void *memory, size_t bytes)
+{
+    int64_t count = syscall(SYS_getdents64, fd, memory, bytes);
+    return count < 0 ? -errno : count;
+}
+
+/* The status of a name, itself even if it is a symbolic link. */
+static inline int od_status_of(int directory, const char *name, struct od_status *result)
+{
+    struct stat64 status;
+    if (fstatat64(directory, name, &status, AT_SYMLINK_NOFOLLOW))
+        return -errno;
+    od_take_status(result, &status);
+    return 0;
+}
+
+/* What od_read_small answers besides 0 and a negative errno. */
+#define OD_NOT_SMALL 1 /* larger than the room, with holes, with extended attributes, or no regular file any more */
+#define OD_ANOTHER 2   /* another file has taken the name */
+#define OD_SHORTER 3   /* it ended before its size */
+
+/*
+ * All bytes of the small file `name`, which `status` was planned for and which is brought up to date; the rest of
+ * `room` is zeroed. Nothing is read if it is not small. `plain`: files with extended attributes are not small.
+ */
+static inline int od_read_small(int directory, const char *name, struct od_status *status, char *memory, size_t room,
+                                int plain)
+{
+    struct stat64 now;
+    ssize_t got;
+    size_t done = 0;
+    int fd, result;
+
+    do
+        fd = openat(directory, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    while (fd < 0 && errno == EINTR);
+    if (fd < 0)
+        return -errno;
+    if (fstat64(fd, &now)) {
+        result = -errno;
+        goto out;
+    }
+    if ((int64_t)now.st_ino != status->ino || (int64_t)now.st_dev != status->dev) {
+        result = OD_ANOTHER;
+        goto out;
+    }
+    od_take_status(status, &now);
+    result = OD_NOT_SMALL;
+    if (!S_ISREG(now.st_mode) || now.st_nlink != 1 || (uint64_t)now.st_size > room)
+        goto out;
+    /* Fewer blocks than bytes: holes, or data that lies in the inode, or compressed. */
+    if (now.st_size > now.st_blocks * 512 && lseek64(fd, 0, SEEK_HOLE) != now.st_size)
+        goto out;
+    if (plain && (got = flistxattr(fd, NULL, 0)) && (got > 0 || (errno != EOPNOTSUPP && errno != ENOSYS)))
+        goto out;
+    result = 0;
+    while (done < (size_t)now.st_size) {
+        got = pread64(fd, memory + done, now.st_size - done, done);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0) {
+            result = got < 0 ? -errno : OD_SHORTER;
+            goto out;
+        }
+        done += got;
+    }
+    memset(memory + done, 0, room - done);
+out:
+    close(fd);
+    return result;
 }
 
 #endif

@@ -898,7 +898,7 @@ def test_features_that_revision_0_gets(scratch: Path) -> None:
             volume.set_xattr("/file", "user.name", b"value")
         reading_kit.check(image)
         with writable(image) as volume, volume.open("/file", "r+") as file:
-            assert volume.xattrs("/file") == {"user.name": b"value"}
+            assert volume.xattrs("/file") == {b"user.name": b"value"}
             file.pwrite(b"far", 1 << 31)
         reading_kit.check(image)
         with writable(image) as volume:
@@ -918,7 +918,7 @@ def test_attributes_of_users_are_for_files_and_directories(scratch: Path) -> Non
                     volume.set_xattr(path, "user.name", b"value", follow_symlinks=False)
                 assert caught.value.errno == errno.EPERM
                 volume.set_xattr(path, "trusted.name", b"value", follow_symlinks=False)
-                assert volume.xattrs(path, follow_symlinks=False) == {"trusted.name": b"value"}
+                assert volume.xattrs(path, follow_symlinks=False) == {b"trusted.name": b"value"}
             assert volume.readlink("/link") == "nowhere"
         reading_kit.check(image)
 

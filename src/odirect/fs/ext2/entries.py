@@ -17,6 +17,7 @@ An index of hashes (InodeFlags.INDEX) is given up by the first addition; its blo
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -69,12 +70,19 @@ class EntryNotes:
         self.removed: set[tuple[int, bytes]] = set()
         #: By directory, and length of an entry: blocks of the directory before this one have no room for it.
         self.hints: dict[int, dict[int, int]] = {}
+        #: By directory: what was left of the room that the last addition took.
+        self.rooms: dict[int, Room] = {}
         #: Chains that were written, each with the number of snapshots that there had been.
         self.chains: dict[_Chain, int] = {}
         #: What is to be done before the next snapshot.
         self.first: dict[_Chain, Callable[[], object]] = {}
         self._snapshots = 0
         self._committed = 0
+
+    def forget(self, directory: int) -> None:
+        """What is known of the room in the directory does not count any more."""
+        self.hints.pop(directory, None)
+        self.rooms.pop(directory, None)
 
     def snapshot_taken(self) -> None:
         """A commit has begun: what is removed from now on is of the next one."""
@@ -119,7 +127,7 @@ class Volume(grow.Volume, Protocol):
         ...
 
 
-class _Room(NamedTuple):
+class Room(NamedTuple):
     """A place for an entry: bytes [start, end) of a block. head: the entry in use that gives it up, or -1."""
 
     block: int
@@ -132,7 +140,7 @@ class _Search:
     """What a walk over blocks has found besides room."""
 
     def __init__(self) -> None:
-        self.room: _Room | None = None
+        self.room: Room | None = None
         #: An entry whose room could be used if its sectors had heads: (block, offset, chain).
         self.wide: tuple[int, int, _Chain] | None = None
         #: Whether there will be room after a commit.
@@ -151,12 +159,8 @@ def add_entry(volume: Volume, directory: Ext2Inode, name: bytes, number: int, fi
 
 def add_entries(volume: Volume, directory: Ext2Inode, names: Sequence[tuple[bytes, int, int]]) -> list[int]:
     """Put (name, number, file_type) into the directory, as `add_entry` does; the names differ. Their blocks."""
-    blocks: list[int] = []
     notes = volume.committer.notes
-    typed = volume.geometry.has_file_type
-    sector = _sector(volume)
-    room: _Room | None = None
-    for name, number, file_type in names:
+    for name, _, file_type in names:
         if not 0 < len(name) <= NAME_BYTES or b"/" in name or 0 in name:
             raise ValueError(f"{name!r} cannot be the name of an entry")
         if file_type == FileType.DIRECTORY and directory.links > LINK_MAX:
@@ -164,39 +168,83 @@ def add_entries(volume: Volume, directory: Ext2Inode, names: Sequence[tuple[byte
         if (directory.number, name) in notes.removed:
             # Both would be seen at once after a crash.
             raise NeedsCommit("the name was removed, and is on the disk still")
-        need = entry_bytes(len(name))
+    blocks: list[int] = []
+    sector = _sector(volume)
+    room = _last_room(volume, directory)
+    while len(blocks) < len(names):
+        need = entry_bytes(len(names[len(blocks)][0]))
         # Behind the one before there often is room for the next, or in the free entry after it.
         if room is None or not _fits(room, need, sector):
             room = _next_free(volume, room, need, sector) if room is not None else None
             room = room or _find_room(volume, directory, need) or _add_block(volume, directory)
-        view = volume.cache.change(room.block, ENTRY)
-        if room.head >= 0:
-            _set_length(view, room.head, room.start - room.head)
-        _HEAD.pack_into(view, room.start, number, room.end - room.start, len(name), file_type if typed else 0)
-        name_at = room.start + _HEAD.size
-        view[name_at : name_at + len(name)] = name
-        blocks.append(room.block)
-        room = _Room(room.block, room.start, room.start + need, room.end)
-    # What is undone gives room back that the hints know nothing of.
-    volume.cache.undo(lambda: notes.hints.pop(directory.number, None))
+        count, room = _fill(volume, room, names, len(blocks), sector)
+        blocks += [room.block] * count
+    if room is not None:
+        notes.rooms[directory.number] = room
+    # What is undone gives room back that the notes know nothing of.
+    volume.cache.undo(lambda: notes.forget(directory.number))
     _changed(volume, directory, drop_index=True)
     return blocks
 
 
-def _fits(room: _Room, need: int, sector: int) -> bool:
-    """Whether an entry of `need` bytes has room there, so that one sector changes."""
+def _last_room(volume: Volume, directory: Ext2Inode) -> Room | None:
+    """What the addition before left of its room, if that is room still."""
+    room = volume.committer.notes.rooms.get(directory.number)
+    if room is None:
+        return None
+    inode, rec_len, name_len, kind = _HEAD.unpack_from(volume.cache.get(room.block), room.head)
+    if not volume.geometry.has_file_type:
+        name_len |= kind << 8
+    unchanged = inode and room.head + rec_len == room.end and room.head + entry_bytes(name_len) == room.start
+    return room if unchanged else None
+
+
+def _limit(room: Room, sector: int) -> int:
+    """Where entries in the room end at the latest, so that one sector changes."""
     changes = room.start if room.head < 0 else room.head + 4
-    return room.start + need <= room.end and changes // sector == (room.start + need - 1) // sector
+    return min(room.end, (changes // sector + 1) * sector)
 
 
-def _next_free(volume: Volume, room: _Room, need: int, sector: int) -> _Room | None:
+def _fits(room: Room, need: int, sector: int) -> bool:
+    """Whether an entry of `need` bytes has room there, so that one sector changes."""
+    return room.start + need <= _limit(room, sector)
+
+
+def _fill(
+    volume: Volume, room: Room, names: Sequence[tuple[bytes, int, int]], first: int, sector: int
+) -> tuple[int, Room]:
+    """Put as many of `names`, from `first` on, into the room as fit; how many, at least one, and what is left of it."""
+    limit = _limit(room, sector)
+    typed = volume.geometry.has_file_type
+    parts: list[bytes] = []
+    last = room.start
+    start = last
+    count = 0
+    for name, number, file_type in itertools.islice(names, first, None):
+        length = len(name)
+        need = entry_bytes(length)
+        if count and start + need > limit:
+            break
+        last, start = start, start + need
+        parts += (_HEAD.pack(number, need, length, file_type if typed else 0), name, bytes(need - _HEAD.size - length))
+        count += 1
+    view = volume.cache.change(room.block, ENTRY)
+    if room.head >= 0:
+        _set_length(view, room.head, room.start - room.head)
+    view[room.start : start] = b"".join(parts)
+    # The last one has what is left.
+    _set_length(view, last, room.end - last)
+    return count, Room(room.block, last, start, room.end)
+
+
+def _next_free(volume: Volume, room: Room, need: int, sector: int) -> Room | None:
     """The free entry right behind `room`, if there is one that serves."""
     view = volume.cache.get(room.block)
     at = room.end
     if len(view) - at < LEAST_ENTRY_BYTES:
         return None
     inode, rec_len, _, _ = _HEAD.unpack_from(view, at)
-    found = _Room(room.block, -1, at, at + rec_len)
+    found = Room(room.block, -1, at, at + rec_len)
     sound = not rec_len & 3 and at + rec_len <= len(view)
     if inode or not sound or not _fits(found, need, sector) or volume.cache.held_back(room.block, at):
         return None
@@ -241,7 +289,7 @@ def make_directory_block(volume: Volume, directory: Ext2Inode, parent: int) -> N
 
     The links are the caller's. Raises NoSpaceError, NeedsCommit, BlockMiss.
     """
-    volume.committer.notes.hints.pop(directory.number, None)
+    volume.committer.notes.forget(directory.number)
     room = _add_block(volume, directory)
     kind = FileType.DIRECTORY if volume.geometry.has_file_type else 0
     view = volume.cache.change(room.block, FRESH)
@@ -298,6 +346,7 @@ def _blocks(volume: Volume, directory: Ext2Inode, first: int) -> list[int]:
 
 def _room_made(volume: Volume, directory: Ext2Inode, block: int) -> None:
     """Something was removed from the device's block: earlier blocks may have room again."""
+    volume.committer.notes.rooms.pop(directory.number, None)
     hints = volume.committer.notes.hints.get(directory.number)
     if hints:
         index = _blocks(volume, directory, 0).index(block)
@@ -305,7 +354,7 @@ def _room_made(volume: Volume, directory: Ext2Inode, block: int) -> None:
             hints[need] = min(first, index)
 
 
-def _find_room(volume: Volume, directory: Ext2Inode, need: int) -> _Room | None:
+def _find_room(volume: Volume, directory: Ext2Inode, need: int) -> Room | None:
     """The first place for an entry of `need` bytes; None if the directory must grow. May raise NeedsCommit."""
     notes, cache = volume.committer.notes, volume.cache
     hints = notes.hints.setdefault(directory.number, {})
@@ -371,7 +420,7 @@ def _look(volume: Volume, directory: Ext2Inode, block: int, need: int, search: _
             head, start, reach = -1, at, at
         for place in ((head, start, reach), (-1, at, at)):
             if place[1] + need <= end and place[2] // sector == (place[1] + need - 1) // sector:
-                search.room = _Room(block, place[0], place[1], end)
+                search.room = Room(block, place[0], place[1], end)
                 return
             if inode:
                 break
@@ -406,7 +455,7 @@ def _chain_of(chain: _Chain) -> list[tuple[int, int]]:
     return heads
 
 
-def _use_wide(volume: Volume, block: int, at: int, chain: _Chain) -> _Room:
+def _use_wide(volume: Volume, block: int, at: int, chain: _Chain) -> Room:
     """The first place in an entry's room behind its sector, once the device has the chain that is to be there."""
     notes, cache = volume.committer.notes, volume.cache
     heads = _chain_of(chain)
@@ -420,7 +469,7 @@ def _use_wide(volume: Volume, block: int, at: int, chain: _Chain) -> _Room:
     # Now the entry's length may end where the chain begins: one sector, once more.
     _set_length(cache.change(block, ENTRY), at, chain[1] - at)
     offset, length = heads[0]
-    return _Room(block, -1, offset, offset + length)
+    return Room(block, -1, offset, offset + length)
 
 
 def _write_chain(volume: Volume, chain: _Chain) -> None:
@@ -450,7 +499,7 @@ def _free_head(length: int) -> bytes:
     return ENTRY_HEAD.pack(EntryHead(0, length, 0, 0))
 
 
-def _add_block(volume: Volume, directory: Ext2Inode) -> _Room:
+def _add_block(volume: Volume, directory: Ext2Inode) -> Room:
     """Another block for the directory, full of free entries; the first of them."""
     block_bytes = volume.geometry.block_bytes
     index = directory.size // block_bytes
@@ -464,4 +513,4 @@ def _add_block(volume: Volume, directory: Ext2Inode) -> _Room:
     grow.publish(volume, prepared, 1)
     directory.size += block_bytes
     volume.store(directory)
-    return _Room(prepared.block, -1, 0, SECTOR_BYTES)
+    return Room(prepared.block, -1, 0, SECTOR_BYTES)

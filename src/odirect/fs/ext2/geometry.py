@@ -176,8 +176,17 @@ class Geometry:
         Raises BlockMiss if it is not cached, CorruptionError if what it names is not inside its group.
         """
         block, offset = self.descriptor_place(group)
+        data = cache.get(block)
+        if self._tables:
+            found = GROUP_DESCRIPTOR.kind(*GROUP_DESCRIPTOR.struct.unpack_from(data, offset))
+            if (
+                found.inode_table == self._tables[group]
+                and found.block_bitmap == self._block_bitmaps[group]
+                and found.inode_bitmap == self._inode_bitmaps[group]
+            ):
+                return found  # As it was when it was looked at.
         place = self.place(f"descriptor of group {group}", block * self.block_bytes + offset)
-        found = GROUP_DESCRIPTOR.read(cache.get(block), offset, place)
+        found = GROUP_DESCRIPTOR.read(data, offset, place)
         first = self.first_block_of_group(group)
         bounds = self._bounds(group)
         for field, value, length in (
@@ -206,6 +215,18 @@ class Geometry:
         table = self._tables[group] if self._tables else self.descriptor(cache, group).inode_table
         block, offset = divmod(index * self.inode_bytes, self.block_bytes)
         return table + block, offset
+
+    def inode_places(self, numbers: NDArray[numpy.int64]) -> tuple[NDArray[numpy.int64], NDArray[numpy.int64]]:
+        """What `inode_place` says of many inodes, all of them the volume's: blocks, and bytes in them.
+
+        RuntimeError before `load_fixed`.
+        """
+        import numpy
+
+        self._need_fixed()
+        groups, indices = numpy.divmod(numbers - 1, self.inodes_per_group)
+        blocks, offsets = numpy.divmod(indices * self.inode_bytes, self.block_bytes)
+        return self._arrays[2].astype(numpy.int64)[groups] + blocks, offsets
 
     def inode_structure(self, number: int) -> Place:
         """The place of inode `number` for messages; its byte is 0 where `load_fixed` has not run."""

@@ -47,13 +47,15 @@ from odirect.fs.base import (
     FileKind,
     FileSystem,
     Finding,
+    Making,
     NewFile,
+    NewFiles,
     SpaceUse,
     TreeEntry,
     VolumeFile,
     kind_of,
 )
-from odirect.fs.ext2 import bulk, bulk_create, directory, entries, format, grow, xattr
+from odirect.fs.ext2 import acl, bulk, bulk_create, directory, entries, format, grow, xattr
 from odirect.fs.ext2.allocate import Allocator, NeedsCommit
 from odirect.fs.ext2.blockmap import BlockMap
 from odirect.fs.ext2.commit import Committer
@@ -305,6 +307,10 @@ class Ext2(FileSystem):
             if parent.mode & stat.S_ISGID:
                 inode.gid = parent.gid
                 inode.mode |= stat.S_ISGID if is_dir else 0
+            default = None if is_symlink else self._acls(parent).get(acl.DEFAULT)
+            inherited: dict[bytes, bytes] = {}
+            if default is not None:
+                inherited = acl.inherit(inode, default, self.geometry.inode_structure(parent.number))
             if is_dir:
                 self._add_link(parent)
                 inode.links = 2
@@ -313,7 +319,10 @@ class Ext2(FileSystem):
                 self._set_target(inode, target)
             elif file_type in (format.FileType.CHARACTER, format.FileType.BLOCK):
                 inode.device_number = device_number
-            self.store(inode)
+            if inherited:
+                self._replace_xattrs(inode, inherited)
+            else:
+                self.store(inode)
             self._add_name(parent, name, number, file_type)
             self._touch_directory(parent, now)
             return number
@@ -492,6 +501,7 @@ class Ext2(FileSystem):
             found.remember(self.cache)
             if mode is not None:
                 found.mode = stat.S_IFMT(found.mode) | stat.S_IMODE(mode)
+                self._follow_mode(found)
             elif (uid is not None or gid is not None) and not found.is_dir:
                 # Who gets a file does not get the right to run it as somebody else (as the kernel has it).
                 found.mode &= ~(stat.S_ISUID | (stat.S_ISGID if found.mode & stat.S_IXGRP else 0))
@@ -543,30 +553,23 @@ class Ext2(FileSystem):
             if name.startswith(b"user.") and not (found.is_file or found.is_dir):
                 # The kernel's rule: permissions of others say nothing about who may write to them.
                 raise PathError("only files and directories have attributes of users", errno=errno.EPERM, path=name)
-            attributes = self._xattrs(found)
-            if value is None:
+            before = self._xattrs(found)
+            attributes = dict(before)
+            found.remember(self.cache)
+            if name in acl.NAMES:
+                if not acl.put(found, attributes, name, value):
+                    return
+            elif value is None:
                 if name not in attributes:
                     raise PathError("there is no such attribute", errno=errno.ENODATA, path=name)
                 del attributes[name]
             else:
                 attributes[name] = value
-            found.remember(self.cache)
-            old = found.file_acl
-            found.file_acl = 0
-            if attributes:
-                # Never in place: a block of which a part was written would lose them all.
-                data = xattr.build_block(attributes, self.block_bytes)
-                found.file_acl = self._one_block(found)
-                self.cache.create(found.file_acl, FRESH)[:] = data
-                found.sectors += self.block_bytes // format.SECTOR_BYTES
-            if old:
-                self._release_xattr_block(found, old)
             found.ctime_ns = self.now_ns()
-            self.store(found)
-            xattr.store_inode(self.geometry, self._record(inode), {})
-            features = self.allocator.superblock().feature_compat
-            if not features & format.Compat.EXT_ATTR:
-                self._set_feature(feature_compat=features | format.Compat.EXT_ATTR)
+            if attributes == before:
+                self.store(found)
+            else:
+                self._replace_xattrs(found, attributes)
 
         await self.change(change)
 
@@ -588,18 +591,41 @@ class Ext2(FileSystem):
         """See `FileSystem`."""
         for file in files:
             self._check_name(file.name)
+        inheriting: set[int] = set()
         for number in dict.fromkeys(file.directory for file in files):
             await self._index(number)
+            if await self.inherited_mode(number) is not None:
+                inheriting.add(number)
         numbers: list[int] = []
         small: list[NewFile] = []
         for file in files:
-            if len(file.content) <= self.small_file_bytes:
+            if len(file.content) <= self.small_file_bytes and file.directory not in inheriting:
                 small.append(file)
                 continue
             numbers += await bulk_create.create_whole(self, small)
             numbers += await super().create_whole([file])
             small.clear()
         return numbers + await bulk_create.create_whole(self, small)
+
+    async def inherited_mode(self, directory: int) -> int | None:
+        """See `FileSystem`."""
+
+        def read() -> int | None:
+            parent = self._directory(directory)
+            default = self._acls(parent).get(acl.DEFAULT)
+            return None if default is None else acl.most(default, self.geometry.inode_structure(directory))
+
+        return await self.cache.load(read)
+
+    async def begin_whole(self, files: NewFiles) -> Making:
+        """See `FileSystem`."""
+        for name in files.names:
+            self._check_name(name)
+        for number in dict.fromkeys(files.directories.tolist()):
+            await self._index(number)
+        if len(files.sizes) and int(files.sizes.max()) > self.small_file_bytes:
+            return await super().begin_whole(files)
+        return await bulk_create.begin(self, files)
 
     def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
         """Free blocks that were allocated and that nothing leads to. Their bitmaps are in the cache since."""
@@ -613,11 +639,13 @@ class Ext2(FileSystem):
         known = self._names.get(directory_inode)
         if known is None:
             known = directory.index(self.cache, self.map_of(parent), parent)
-        fresh: set[bytes] = set()
-        for name in names:
-            if name in known or name in fresh:
-                raise ExistsError("the name is taken", path=name)
-            fresh.add(name)
+        fresh = set(names)
+        if len(fresh) < len(names) or not fresh.isdisjoint(known):
+            seen = set(known)
+            for name in names:
+                if name in seen:
+                    raise ExistsError("the name is taken", path=name)
+                seen.add(name)
         numbers = self.allocator.new_files(parent, len(names))
         for number in numbers:
             # What is known of a free inode ends here.
@@ -973,15 +1001,47 @@ class Ext2(FileSystem):
         self.allocator.hold_record(inode.number)
         self.store(inode)
 
-    def _xattrs(self, inode: Ext2Inode) -> dict[bytes, bytes]:
+    def _acls(self, inode: Ext2Inode) -> dict[bytes, bytes]:
+        """Those of its attributes that are access control lists."""
+        return self._xattrs(inode, only=xattr.ACLS)
+
+    def _xattrs(self, inode: Ext2Inode, only: Sequence[int] | None = None) -> dict[bytes, bytes]:
+        """The attributes of an inode; only: of these kinds."""
         block, offset = self.geometry.inode_place(self.cache, inode.number)
         raw = self.cache.get(block)[offset : offset + self.geometry.inode_bytes]
-        found = xattr.read_inode(self.geometry, raw, self.geometry.inode_structure(inode.number))
+        found = xattr.read_inode(self.geometry, raw, self.geometry.inode_structure(inode.number), only=only)
         if inode.file_acl:
             place = Place(self.name, f"attributes of inode {inode.number}", inode.file_acl * self.block_bytes)
             self.geometry.check_data_block(inode.file_acl, place)
-            found |= xattr.read_block(self.geometry, self.cache.get(inode.file_acl), place)
+            found |= xattr.read_block(self.geometry, self.cache.get(inode.file_acl), place, only=only)
         return found
+
+    def _replace_xattrs(self, inode: Ext2Inode, attributes: dict[bytes, bytes]) -> None:
+        """Make `attributes` those of an inode, wherever its others are now, and store it."""
+        old, inode.file_acl = inode.file_acl, 0
+        if attributes:
+            # Never in place: a block of which a part was written would lose them all.
+            data = xattr.build_block(attributes, self.block_bytes)
+            inode.file_acl = self._one_block(inode)
+            self.cache.create(inode.file_acl, FRESH)[:] = data
+            inode.sectors += self.block_bytes // format.SECTOR_BYTES
+        if old:
+            self._release_xattr_block(inode, old)
+        self.store(inode)
+        xattr.store_inode(self.geometry, self._record(inode.number), {})
+        features = self.allocator.superblock().feature_compat
+        if not features & format.Compat.EXT_ATTR:
+            self._set_feature(feature_compat=features | format.Compat.EXT_ATTR)
+
+    def _follow_mode(self, inode: Ext2Inode) -> None:
+        """The mode of an inode was set: its access control list, where it has one, must say the same."""
+        if inode.is_symlink or acl.ACCESS not in self._acls(inode):
+            return
+        before = self._xattrs(inode)
+        attributes = dict(before)
+        acl.follow_mode(inode, attributes, self.geometry.inode_structure(inode.number))
+        if attributes != before:
+            self._replace_xattrs(inode, attributes)
 
     def _release_xattr_block(self, inode: Ext2Inode, block: int) -> None:
         """`inode` lets go of a block of attributes, which other inodes may have too."""

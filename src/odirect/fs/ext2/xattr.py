@@ -3,11 +3,10 @@
 Both are a list of entries, ended by four zero bytes, whose values fill the room from its end. In a block,
 entries are sorted and carry hashes, by which the kernel lets several inodes share a block; behind the
 inode neither matters. Names are given and taken whole, with the prefix that the disk keeps as a number
-("user.x"). Access control lists are kept in a shorter form on the disk than in their attribute; they are
-given and taken in the attribute's.
+("user.x"). Access control lists are given and taken in the form of their attribute (`acl.py`); an empty one
+is none.
 
-Source: the kernel's documentation of ext4's data structures (Extended Attributes), as far as it is ext2's;
-the attribute form of access control lists is that of linux/posix_acl_xattr.h.
+Source: the kernel's documentation of ext4's data structures (Extended Attributes), as far as it is ext2's.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from odirect.base.errors import NoSpaceError, UnsupportedError
+from odirect.base.errors import NoSpaceError, ODirectError, UnsupportedError
+from odirect.fs.ext2 import acl
 from odirect.fs.ext2.format import (
     GOOD_OLD_INODE_BYTES,
     NAME_BYTES,
@@ -28,7 +28,7 @@ from odirect.fs.ext2.format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Container, Mapping
 
     from odirect.base.layout import Place
     from odirect.fs.ext2.geometry import Geometry
@@ -36,27 +36,17 @@ if TYPE_CHECKING:
 #: Prefixes of names; those that are whole names have no dot at their end.
 _PREFIXES: dict[int, bytes] = {
     XattrIndex.USER: b"user.",
-    XattrIndex.POSIX_ACL_ACCESS: b"system.posix_acl_access",
-    XattrIndex.POSIX_ACL_DEFAULT: b"system.posix_acl_default",
+    XattrIndex.POSIX_ACL_ACCESS: acl.ACCESS,
+    XattrIndex.POSIX_ACL_DEFAULT: acl.DEFAULT,
     XattrIndex.TRUSTED: b"trusted.",
     XattrIndex.SECURITY: b"security.",
     XattrIndex.SYSTEM: b"system.",
 }
-_ACLS = (XattrIndex.POSIX_ACL_ACCESS, XattrIndex.POSIX_ACL_DEFAULT)
+ACLS = (XattrIndex.POSIX_ACL_ACCESS, XattrIndex.POSIX_ACL_DEFAULT)
 _MASK = 0xFFFFFFFF
 _END = bytes(4)
 #: How many inodes may share a block, as the kernel has it.
 _MOST_REFERENCES = 1024
-
-# Access control lists: on the disk a version, then entries of 4 bytes, or 8 for a named user or group; in the
-# attribute a version, then entries of 8 bytes, whose last 4 are all ones where there is no name.
-_ACL_VERSION = struct.Struct("<I")
-_ACL_SHORT = struct.Struct("<2H")
-_ACL_LONG = struct.Struct("<2HI")
-_ACL_ON_DISK, _ACL_IN_ATTRIBUTE = 1, 2
-_ACL_NAMED = (0x02, 0x08)
-_ACL_PLAIN = (0x01, 0x04, 0x10, 0x20)
-_ACL_NO_ID = 0xFFFFFFFF
 
 
 class _Stored(NamedTuple):
@@ -71,13 +61,15 @@ class _Stored(NamedTuple):
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_block(geometry: Geometry, data: memoryview | bytes | bytearray, place: Place) -> dict[bytes, bytes]:
-    """The attributes in the block `data`, by their whole names. place: where the block is.
+def read_block(
+    geometry: Geometry, data: memoryview | bytes | bytearray, place: Place, *, only: Container[int] | None = None
+) -> dict[bytes, bytes]:
+    """The attributes in the block `data`, by their whole names. place: where the block is; only: of these kinds.
 
     Raises CorruptionError for a wrong head, an entry or value that is not in the block, or a wrong hash,
     UnsupportedError for names of a kind that is not known here.
     """
-    return _named(_stored_in_block(geometry, data, place), place)
+    return _named(_stored_in_block(geometry, data, place), place, only)
 
 
 def references(data: memoryview | bytes | bytearray, place: Place) -> int:
@@ -92,17 +84,19 @@ def references(data: memoryview | bytes | bytearray, place: Place) -> int:
     return header.refcount
 
 
-def read_inode(geometry: Geometry, raw: memoryview | bytes | bytearray, place: Place) -> dict[bytes, bytes]:
+def read_inode(
+    geometry: Geometry, raw: memoryview | bytes | bytearray, place: Place, *, only: Container[int] | None = None
+) -> dict[bytes, bytes]:
     """The attributes behind the inode whose record is `raw`; none where it is small or has no room left.
 
-    place: where the record is. Raises as `read_block` does.
+    place: where the record is; only: of these kinds. Raises as `read_block` does.
     """
     start = _start_in_inode(geometry, raw, place)
     if start is None or int.from_bytes(raw[start : start + 4], "little") != XATTR_MAGIC:
         return {}
     area = bytes(raw[start + 4 : geometry.inode_bytes])
     where = place._replace(structure=f"{place.structure}, attributes in it", addr=place.addr + start + 4)
-    return _named(_entries(area, 0, 0, where, hashed=False), where)
+    return _named(_entries(area, 0, 0, where, hashed=False), where, only)
 
 
 def _stored_in_block(geometry: Geometry, data: memoryview | bytes | bytearray, place: Place) -> list[_Stored]:
@@ -143,20 +137,25 @@ def _entries(area: bytes, start: int, base: int, place: Place, *, hashed: bool) 
     return found
 
 
-def _named(stored: list[_Stored], place: Place) -> dict[bytes, bytes]:
+def _named(stored: list[_Stored], place: Place, only: Container[int] | None) -> dict[bytes, bytes]:
     found: dict[bytes, bytes] = {}
     for kind, _, name, value in stored:
+        if only is not None and kind not in only:
+            continue
         prefix = _PREFIXES.get(kind)
         if prefix is None:
             raise UnsupportedError(
                 f"{place.structure} at byte {place.addr}: attributes of kind {kind} are not known", path=place.volume
             )
-        if (kind in _ACLS) == bool(name) or 0 in name:
+        if (kind in ACLS) == bool(name) or 0 in name:
             raise place.corrupt(f"name {name!r} of kind {kind}", "a name after a prefix, none after a whole name")
         whole = prefix + name
         if whole in found:
             raise place.corrupt(f"attribute {whole!r} twice", "it once")
-        found[whole] = _acl_to_attribute(value, place) if kind in _ACLS else value
+        if kind not in ACLS:
+            found[whole] = value
+        elif entries := acl.from_disk(value, place):
+            found[whole] = acl.to_attribute(entries)
     return found
 
 
@@ -230,19 +229,24 @@ def _split_name(name: bytes) -> tuple[int, bytes]:
     # Whole names first: "system." is a prefix of them.
     for kind in sorted(_PREFIXES, key=lambda kind: -len(_PREFIXES[kind])):
         prefix = _PREFIXES[kind]
-        if name == prefix if kind in _ACLS else name.startswith(prefix):
+        if name == prefix if kind in ACLS else name.startswith(prefix):
             rest = name[len(prefix) :]
             break
     else:
         raise UnsupportedError(f"{name!r}: ext2 has no attributes with this prefix")
-    if (not rest and kind not in _ACLS) or len(rest) > NAME_BYTES or 0 in rest:
+    if (not rest and kind not in ACLS) or len(rest) > NAME_BYTES or 0 in rest:
         raise ValueError(f"{name!r}: 1 to {NAME_BYTES} bytes, none of them 0, come after the prefix")
     return kind, rest
 
 
 def _split(name: bytes, value: bytes) -> _Stored:
     kind, rest = _split_name(name)
-    stored = _acl_to_disk(value) if kind in _ACLS else bytes(value)
+    stored = bytes(value)
+    if kind in ACLS:
+        try:
+            stored = acl.to_disk(acl.from_attribute(stored))
+        except ODirectError as error:
+            raise ValueError(f"{name!r} is not an access control list: {error.message}") from error
     return _Stored(kind, len(rest), rest, stored)
 
 
@@ -303,48 +307,3 @@ def _block_hash(hashes: list[int]) -> int:
             return 0
         found = (found << 16 & _MASK) ^ (found >> 16) ^ one
     return found
-
-
-# --- access control lists ------------------------------------------------------------------------
-
-
-def _acl_to_attribute(value: bytes, place: Place) -> bytes:
-    def wrong(found: object, expected: object) -> Exception:
-        return place.corrupt(found, expected)
-
-    if len(value) < _ACL_VERSION.size or _ACL_VERSION.unpack_from(value)[0] != _ACL_ON_DISK:
-        raise wrong(f"an access control list that begins with {value[:4]!r}", f"version {_ACL_ON_DISK}")
-    return _acl(value, _ACL_IN_ATTRIBUTE, wrong, on_disk=True)
-
-
-def _acl_to_disk(value: bytes) -> bytes:
-    def wrong(found: object, expected: object) -> Exception:
-        return ValueError(f"an access control list: {found} instead of {expected}")
-
-    if len(value) < _ACL_VERSION.size or _ACL_VERSION.unpack_from(value)[0] != _ACL_IN_ATTRIBUTE:
-        raise wrong(value[:4], f"version {_ACL_IN_ATTRIBUTE}")
-    return _acl(bytes(value), _ACL_ON_DISK, wrong, on_disk=False)
-
-
-def _acl(value: bytes, version: int, wrong: Callable[[object, object], Exception], *, on_disk: bool) -> bytes:
-    """The list in its other form. on_disk: whether `value` is in the disk's."""
-    parts = [_ACL_VERSION.pack(version)]
-    at = _ACL_VERSION.size
-    while at < len(value):
-        if len(value) - at < _ACL_SHORT.size:
-            raise wrong(f"{len(value) - at} bytes at its end", "whole entries")
-        tag, permissions = _ACL_SHORT.unpack_from(value, at)
-        named = tag in _ACL_NAMED
-        if not named and tag not in _ACL_PLAIN:
-            raise wrong(f"tag {tag:#x}", "a known one")
-        long = named or not on_disk
-        size = _ACL_LONG.size if long else _ACL_SHORT.size
-        if len(value) - at < size:
-            raise wrong(f"{len(value) - at} bytes at its end", "whole entries")
-        identity = _ACL_LONG.unpack_from(value, at)[2] if long else _ACL_NO_ID
-        if on_disk or named:
-            parts.append(_ACL_LONG.pack(tag, permissions, identity))
-        else:
-            parts.append(_ACL_SHORT.pack(tag, permissions))
-        at += size
-    return b"".join(parts)
