@@ -44,6 +44,7 @@ format: dev-env  ## put every file in the form that `check` wants
 	$(BIN)/ruff check --fix
 
 bench: dev-env  ## measure against fio, as ratios; prints, asserts nothing
+	@$(BIN)/python -m compileall -q src  # As an installation does, also where Python may write no byte code.
 	@set -e; for script in bench/[a-z]*.py; do \
 		echo; echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 

@@ -16,8 +16,8 @@ from tests.loops import made_image, mounted, needs_tool
 from tests.volume_kit import KINDS, volume_of
 
 import odirect
-from odirect.base.errors import ClosedError, CorruptionError, MissingError, NoSpaceError
-from odirect.fs.base import NewFile
+from odirect.base.errors import ClosedError, CorruptionError, ExistsError, MissingError, NoSpaceError
+from odirect.fs.base import NewFile, NewFiles
 from odirect.volumes import Volume
 
 _BLOCKS = [pytest.param(("-b", str(size)), id=f"blocks of {size}") for size in (1024, 4096)]
@@ -379,3 +379,29 @@ def test_new_files_have_new_generations_and_exact_times(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="owner"):
             volume.runner.run(file_system.create_whole([files[0]._replace(name=b"odd", uid=1 << 32)]))
         assert not volume.exists("/odd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_begun_may_be_given_up(kind: str, tmp_path: Path) -> None:
+    """No file is there, no name, and no block is lost; then the same files can be made."""
+    with volume_of(kind, tmp_path, ("-b", "1024")) as volume:
+        file_system, root = volume.file_system, volume.stat("/").st_ino
+        # With the room that the directory takes for more names.
+        made = [NewFile(root, b"%d" % number, b"x" * 700 * number, 0o640, 1, 2, 10**18, -1) for number in range(60)]
+        files = NewFiles.pack(made, file_system.block_bytes)
+        assert [row._replace(content=bytes(row.content)) for row in files.rows(file_system.block_bytes)] == made
+        before = volume.statfs()
+        making = volume.runner.run(file_system.begin_whole(files))
+        volume.runner.run(making.give_up())
+        assert volume.statfs() == before
+        assert dict(volume.read_files()) == {}
+        numbers = volume.runner.run(volume.runner.run(file_system.begin_whole(files)).finish())
+        assert dict(volume.read_files()) == {f"/{os.fsdecode(file.name)}": bytes(file.content) for file in made}
+        assert numbers == [volume.stat(f"/{number}").st_ino for number in range(60)]
+        status = volume.stat("/7")
+        assert (status.st_mode, status.st_uid, status.st_gid) == (stat.S_IFREG | 0o640, 1, 2)
+        assert (status.st_atime_ns, status.st_mtime_ns) == (10**18, -1)
+        with pytest.raises(ExistsError):
+            making = volume.runner.run(file_system.begin_whole(files))
+            volume.runner.run(making.finish())
+        assert volume.check() == []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import fcntl
+import io
 import os
 import stat
 import struct
@@ -228,17 +229,13 @@ def _loops() -> list[_Loop]:
 def _identity_by_ioctl(name: str, number: int) -> tuple[int, int, int] | None:
     """(st_dev, st_ino, st_rdev) of what loop device `name` is over, by LOOP_GET_STATUS64."""
     try:
-        fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        # As in `sysfs.read_text`.
+        with io.FileIO(f"/dev/{name}") as device:
+            if os.fstat(device.fileno()).st_rdev != number:
+                return None
+            answer = fcntl.ioctl(device.fileno(), _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
     except OSError:
-        return None
-    try:
-        if os.fstat(fd).st_rdev != number:
-            return None
-        answer = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64_BYTES))
-    except OSError:
-        return None  # detached meanwhile
-    finally:
-        os.close(fd)
+        return None  # Detached meanwhile, or not ours to open.
     dev, ino, rdev = struct.unpack_from("=QQQ", answer)
     return dev, ino, rdev
 

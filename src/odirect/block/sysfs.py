@@ -8,6 +8,7 @@ Source: Documentation/ABI/stable/sysfs-block, proc_pid_mountinfo(5), proc_swaps(
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import stat
@@ -47,23 +48,19 @@ class Queue(NamedTuple):
     requests: int | None = None
 
 
-def read_text(path: str, *, dir_fd: int | None = None) -> str | None:
+def read_text(path: str) -> str | None:
     """The text of a small attribute file, stripped; None if it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dir_fd)
+        # A file object is closed even if a signal's handler raises before it has a name.
+        with io.FileIO(path) as file:
+            return (file.read(4096) or b"").decode("utf-8", "surrogateescape").strip()
     except OSError:
         return None
-    try:
-        return os.read(fd, 4096).decode("utf-8", "surrogateescape").strip()
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
-def read_int(path: str, *, dir_fd: int | None = None) -> int | None:
+def read_int(path: str) -> int | None:
     """The whole number in an attribute file; None if it cannot be read or is none."""
-    text = read_text(path, dir_fd=dir_fd)
+    text = read_text(path)
     if text is None:
         return None
     try:
@@ -131,27 +128,18 @@ def queue(dev: int) -> Queue:
 
     All fields are None where there is no such device (a network file system's number).
     """
-    base = f"{SYS}/dev/block/{os.major(dev)}:{os.minor(dev)}"
-    directory = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-    try:
-        fd = os.open(f"{base}/queue", directory)
-    except OSError:
-        try:
-            fd = os.open(f"{base}/../queue", directory)  # only the disk has a queue, its partitions share it
-        except OSError:
-            return Queue()
-    try:
-        cache = read_text("write_cache", dir_fd=fd)
-        poll = read_int("io_poll", dir_fd=fd)
-        return Queue(
-            read_int("logical_block_size", dir_fd=fd),
-            read_int("physical_block_size", dir_fd=fd),
-            None if cache is None else cache != "write through",
-            None if poll is None else poll > 0,
-            read_int("nr_requests", dir_fd=fd),
-        )
-    finally:
-        os.close(fd)
+    path = f"{SYS}/dev/block/{os.major(dev)}:{os.minor(dev)}/queue"
+    if not os.path.isdir(path):
+        path = f"{os.path.dirname(path)}/../queue"  # Only the disk has one, its partitions share it.
+    cache = read_text(f"{path}/write_cache")
+    poll = read_int(f"{path}/io_poll")
+    return Queue(
+        read_int(f"{path}/logical_block_size"),
+        read_int(f"{path}/physical_block_size"),
+        None if cache is None else cache != "write through",
+        None if poll is None else poll > 0,
+        read_int(f"{path}/nr_requests"),
+    )
 
 
 def discard_max_bytes(dev: int) -> int | None:

@@ -410,6 +410,8 @@ async def _in_turn(one: Callable[[int], Coroutine[Any, Any, bool]], number: int,
                 return
             try:
                 whole = await one(turn)
+            except GeneratorExit:
+                raise  # Thrown away: kept, it would keep all that is thrown away with us.
             except BaseException as error:
                 going = False
                 first = error if first is None else first

@@ -62,7 +62,8 @@ class Opened:
     """Descriptors of one open file, and what is known of it.
 
     direct_fd is -1 where the kernel refused O_DIRECT at open. `close` closes both, and so does being
-    thrown away.
+    thrown away. A signal's handler may raise between any two calls: so a descriptor is put here, and taken
+    away to be closed, without a call in between.
     """
 
     direct_fd: int
@@ -72,9 +73,12 @@ class Opened:
 
     def close(self) -> None:
         """Close the descriptors. Twice is harmless."""
-        fds = (self.direct_fd, self.cached_fd)
-        self.direct_fd = self.cached_fd = -1
-        for fd in fds:
+        try:
+            fd, self.direct_fd = self.direct_fd, -1
+            if fd >= 0:
+                os.close(fd)
+        finally:
+            fd, self.cached_fd = self.cached_fd, -1
             if fd >= 0:
                 os.close(fd)
 
@@ -95,13 +99,18 @@ def open_file(path: Path, mode: str, *, strict: bool = False, overwrite_in_use: 
     parsed = parse_mode(mode)
     flags = _open_flags(parsed) | os.O_CLOEXEC | os.O_NOCTTY
     shown = os.fspath(path)
+    opened = Opened(-1, -1, FileState(limits=Limits(), path=shown, is_block=False), parsed)
     try:
-        cached_fd = _open_unblocked(path, flags)
+        # Without waiting for the other end of a pipe; then it waits as usual.
+        (opened.cached_fd,) = map(os.open, (path,), (flags | os.O_NONBLOCK,), (0o666,))
+        os.set_blocking(opened.cached_fd, True)
     except OSError as error:
         if error.errno == errno.ENXIO and not _is_block_device(path):
             raise UnsupportedError(_NOT_A_FILE, path=shown) from error  # a pipe that nobody reads, a socket
         raise from_errno(error.errno or errno.EIO, "opening", shown) from error
-    opened = Opened(-1, cached_fd, FileState(limits=Limits(), path=shown, is_block=False), parsed)
+    except BaseException:
+        opened.close()
+        raise
     try:
         _finish_opening(opened, flags, strict=strict, overwrite_in_use=overwrite_in_use)
     except ODirectError:
@@ -130,7 +139,7 @@ def _finish_opening(opened: Opened, flags: int, *, strict: bool, overwrite_in_us
     refusal = ""
     try:
         # By descriptor, not by name: the name may lead to another file by now.
-        opened.direct_fd = os.open(f"/proc/self/fd/{opened.cached_fd}", again)
+        (opened.direct_fd,) = map(os.open, (f"/proc/self/fd/{opened.cached_fd}",), (again,))
     except OSError as error:
         refusal = os.strerror(error.errno or errno.EINVAL)
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EACCES, errno.ENOENT):
@@ -165,10 +174,3 @@ def _open_flags(mode: OpenMode) -> int:
     if mode.writable:
         access = os.O_RDWR if mode.readable else os.O_WRONLY
     return access | (os.O_CREAT if mode.create else 0) | (os.O_EXCL if mode.exclusive else 0)
-
-
-def _open_unblocked(path: Path, flags: int) -> int:
-    """Open without waiting for the other end of a pipe, then wait as usual."""
-    fd = os.open(path, flags | os.O_NONBLOCK, 0o666)
-    os.set_blocking(fd, True)
-    return fd

@@ -183,7 +183,10 @@ async def shielded(event: Event) -> object:
         try:
             await wait(event)
         except GeneratorExit:
-            raise  # Thrown away: nobody will run it again, and the bio itself keeps the memory alive.
+            # Thrown away: nobody will run it again, and the bio itself keeps the memory alive. An error that we
+            # kept would keep this frame, and so whatever the collector has begun to throw away with us.
+            interrupted = None
+            raise
         except BaseException as error:
             if event.fired:
                 raise
@@ -205,6 +208,7 @@ async def gather(*awaitables: Task[T]) -> list[T]:
             try:
                 await wait(task.ended)
             except GeneratorExit:
+                interrupted = None
                 raise  # Thrown away: nobody will run it again.
             except BaseException as error:
                 if interrupted is None:

@@ -11,11 +11,13 @@ deletion and inodes without names, and of nothing else. In what it leaves, read 
     secrets    free space was filled with a canary before: it is nowhere, ends of last blocks included
 
 Run by itself it tries many seeds:  python -m tests.fs.ext2.crash_kit 0 500
+and of the kinds in WIDE_KINDS:     python -m tests.fs.ext2.crash_kit 0 500 2 wide
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import random
@@ -31,7 +33,19 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy
-from tests.fs.ext2.crash_model import CANARY, LOST, Fact, Item, Key, Workload, base_image, foreign_image
+from tests.fs.ext2.crash_model import (
+    CANARY,
+    LOST,
+    Fact,
+    Fold,
+    FoldedImage,
+    Item,
+    Key,
+    Workload,
+    base_image,
+    far_windows,
+    foreign_image,
+)
 from tests.fs.ext2.raw_image import RawImage, Record
 from tests.loops import loop_device, mounted, needs_tool
 
@@ -76,7 +90,8 @@ class Checked(NamedTuple):
 class Fsck:
     """e2fsck -fy on one file in memory, again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, fold: Fold | None = None) -> None:
+        self.fold = fold or Fold()
         base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else "/var/tmp"
         self.place = Path(tempfile.mkdtemp(prefix="odirect-crash-", dir=base))
         self.tool = needs_tool("e2fsck")
@@ -110,7 +125,7 @@ class Fsck:
         if twice:
             status, again = self.run("-fn")
             assert not status, f"{said}\nand then\n{again}"
-        return Checked(RawImage(self.image.read_bytes()), said)
+        return Checked(FoldedImage(self.image.read_bytes(), self.fold), said)
 
 
 class Crashes:
@@ -383,11 +398,11 @@ def check_crashes(workload: Workload, *, ways: int = 2, every: int = 1, mount_ev
     mount_every: so many images apart, the kernel reads the repaired one as well.
     """
     oracle = Oracle(workload)
-    crashes = Crashes(workload, random.Random(seed), sector=SECTOR)
+    crashes = Crashes(workload, random.Random(seed), sector=workload.sector)
     last = len(workload.log.records)
     states = images = 0
     before: tuple[bytes, Checked] | None = None
-    with Fsck() as fsck:
+    with Fsck(workload.fold) as fsck:
         for position in [*range(workload.first, last, every), last]:
             for image in crashes.at(position, ways):
                 states += 1
@@ -399,7 +414,7 @@ def check_crashes(workload: Workload, *, ways: int = 2, every: int = 1, mount_ev
                         raise AssertionError(f"seed {workload.seed}, crash at {position}: {error}") from None
                     before = bytes(image), checked
                     if mount_every and not images % mount_every:
-                        compare_mounted(fsck.image, checked.raw)
+                        compare_mounted(fsck.image, checked.raw, workload.fold)
                         total.mounts += 1
                 oracle.check(position, before[1])
     total.states += states
@@ -407,7 +422,7 @@ def check_crashes(workload: Workload, *, ways: int = 2, every: int = 1, mount_ev
     return states
 
 
-def compare_mounted(path: Path, raw: RawImage) -> None:
+def compare_mounted(path: Path, raw: RawImage, fold: Fold) -> None:
     """Fail unless the kernel sees the names, contents, modes and links that we do."""
     with contextlib.ExitStack() as stack:
         device = stack.enter_context(loop_device(path, direct_io=False))
@@ -422,7 +437,10 @@ def compare_mounted(path: Path, raw: RawImage) -> None:
                 seen = (known.st_mode, (known.st_uid, known.st_gid), known.st_nlink)
                 assert seen == (record.mode, record.owner, record.links), below
                 if record.kind == stat.S_IFREG:
-                    assert Path(os.fsdecode(below)).read_bytes() == record.content, below
+                    pieces = fold.pieces(os.stat(below).st_size)
+                    with Path(os.fsdecode(below)).open("rb") as file:
+                        parts = [os.pread(file.fileno(), end - first, first) for first, end in pieces]
+                    assert b"".join(parts) == record.content, below
                     there = {os.fsencode(key): os.getxattr(below, key) for key in os.listxattr(below)}
                     assert there == record.attributes, below
                 elif record.kind == stat.S_IFLNK:
@@ -454,24 +472,68 @@ def _random_workload(seed: int, steps: int) -> Workload:
     return workload
 
 
-def try_seed(seed: int, *, steps: int = 40, ways: int = 2, every: int = 1, mount_every: int = 0) -> int:
+class Kind(NamedTuple):
+    """What a wide workload runs on, and what it does most. far: its files reach into triple-indirect blocks."""
+
+    block_bytes: int
+    sector: int = SECTOR
+    far: bool = False
+    size: int = 2 << 20
+    foreign: bool = False
+    mostly_names: bool = False
+
+
+#: One after the other, seed by seed.
+WIDE_KINDS = [
+    Kind(1024, far=True),
+    Kind(4096, sector=4096, foreign=True, size=3 << 20),
+    Kind(2048, far=True),
+    Kind(1024, mostly_names=True),
+    Kind(4096, sector=4096, far=True, size=3 << 20),
+    Kind(2048, foreign=True, mostly_names=True, size=3 << 20),
+    Kind(1024, far=True, size=120 << 10),
+    Kind(2048),
+    Kind(4096, sector=4096, mostly_names=True),
+]
+
+
+def wide_workload(seed: int, steps: int = 40) -> Workload:
+    """As `random_workload`, of the kinds that reach far, have large sectors, or are mostly about names."""
+    kind = WIDE_KINDS[seed % len(WIDE_KINDS)]
+    make = foreign_image if kind.foreign else base_image
+    options = ("-N", "256") if kind.size > 1 << 20 else ("-N", "32", "-m", "0")
+    image = make(kind.size, kind.block_bytes, *options)
+    fold = Fold(far_windows(kind.block_bytes)) if kind.far else None
+    indexed = 0 if seed % 4 == 0 else volume._INDEXED_BLOCKS
+    with mock.patch.object(volume, "_INDEXED_BLOCKS", indexed):
+        workload = Workload(seed, image, tight=True, sector=kind.sector, fold=fold, mostly_names=kind.mostly_names)
+        with workload.sim:
+            workload.steps(steps)
+            workload.run(workload.end())
+    return workload
+
+
+def try_seed(
+    seed: int, *, steps: int = 40, ways: int = 2, every: int = 1, mount_every: int = 0, wide: bool = False
+) -> int:
     """Run and crash the random workload of a seed; how many states it had."""
-    return check_crashes(random_workload(seed, steps), ways=ways, every=every, mount_every=mount_every, seed=seed)
+    workload = (wide_workload if wide else random_workload)(seed, steps)
+    return check_crashes(workload, ways=ways, every=every, mount_every=mount_every, seed=seed)
 
 
-def _one(seed: int) -> tuple[int, int, str]:
+def _one(seed: int, *, wide: bool = False) -> tuple[int, int, str]:
     try:
-        return seed, try_seed(seed), ""
+        return seed, try_seed(seed, wide=wide), ""
     except Exception as error:
         return seed, 0, f"{type(error).__name__}: {error}"
 
 
-def main(first: int, last: int, processes: int) -> int:
+def main(first: int, last: int, processes: int, *, wide: bool = False) -> int:
     """Try the seeds [first, last); prints what is found wrong."""
     began = time.monotonic()
     states = wrong = 0
     with multiprocessing.Pool(processes) as pool:
-        for seed, count, said in pool.imap_unordered(_one, range(first, last)):
+        for seed, count, said in pool.imap_unordered(functools.partial(_one, wide=wide), range(first, last)):
             states += count
             if said:
                 wrong += 1
@@ -481,4 +543,5 @@ def main(first: int, last: int, processes: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 2))
+    numbers = [int(word) for word in sys.argv[1:] if word != "wide"]
+    sys.exit(main(numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else 2, wide="wide" in sys.argv))

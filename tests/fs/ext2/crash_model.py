@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import random
 import stat
+import struct
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from tests.fs.ext2.raw_image import RawImage
+from tests.fs.ext2.raw_image import RawImage, Record
 from tests.fs.ext2.writing_kit import device_of, fresh_image
 from tests.loops import needs_tool
 
@@ -69,6 +70,111 @@ def foreign_image(size: int, block_bytes: int, *options: str) -> bytes:
         command = [needs_tool("mke2fs"), "-q", "-F", "-t", "ext2", "-b", str(block_bytes), *options]
         subprocess.run([*command, "-d", str(top), str(path)], check=True, capture_output=True)
         return with_canary(path.read_bytes())
+
+
+class Fold:
+    """Files that reach far and are holes but for a few windows, as contents that are short: the windows in a row.
+
+    Byte `at` of a content is byte `far(at)` of the file. windows: (first, end) in bytes, whole blocks, in order,
+    not touching; the last one goes on for ever.
+    """
+
+    def __init__(self, windows: Sequence[tuple[int, int]] = ((0, 1 << 60),)) -> None:
+        self.windows = [*windows[:-1], (windows[-1][0], 1 << 60)]
+        #: Where each window begins in the content.
+        self.starts = [0]
+        for first, end in windows[:-1]:
+            self.starts.append(self.starts[-1] + end - first)
+
+    def _index(self, at: int) -> int:
+        return max(index for index, start in enumerate(self.starts) if start <= at)
+
+    def far(self, at: int) -> int:
+        """The byte of the file; where a window begins, that and not the end of the one before."""
+        index = self._index(at)
+        return self.windows[index][0] + at - self.starts[index]
+
+    def end(self, at: int) -> int:
+        """The size of a file, or end of a range, of `at` bytes of content: where a window ends, no hole behind it."""
+        return self.far(at - 1) + 1 if at else 0
+
+    def near(self, size: int) -> int:
+        """How long the content of a file of `size` bytes is. AssertionError if it ends where no file ever did."""
+        for start, (first, end) in zip(self.starts, self.windows, strict=True):
+            if first <= size <= end:
+                return start + size - first
+        raise AssertionError(f"a file has {size} bytes, and never ended there")
+
+    def room(self, at: int) -> int:
+        """The bytes from `at` to the end of its window."""
+        return self.windows[self._index(at)][1] - self.far(at)
+
+    def pieces(self, size: int) -> list[tuple[int, int]]:
+        """(first, end) of what a file of `size` bytes has of each window."""
+        return [(first, min(end, size)) for first, end in self.windows if first < size]
+
+
+def far_windows(block_bytes: int) -> list[tuple[int, int]]:
+    """Around the places where a file's numbers go on in another block: of the inode, of each level, and of leaves."""
+    pointers = block_bytes // 4
+    double = 12 + pointers
+    triple = double + pointers**2
+    blocks = [
+        (0, 24),
+        (double - 8, double + 12),
+        (double + pointers - 5, double + pointers + 5),
+        (triple - 10, triple + 14),
+        (triple + pointers - 5, triple + pointers + 5),
+        (triple + pointers**2 - 6, triple + pointers**2 + 16),
+    ]
+    return [(first * block_bytes, end * block_bytes) for first, end in blocks]
+
+
+class FoldedImage(RawImage):
+    """An image whose files are read as their fold has them. AssertionError for a block outside of its windows."""
+
+    def __init__(self, image: bytes | memoryview, fold: Fold) -> None:
+        self.fold = fold
+        super().__init__(image)
+
+    def _record(self, number: int) -> Record:
+        record = super()._record(number)
+        if record.kind != stat.S_IFREG:
+            return record
+        group, index = divmod(number - 1, self.inodes_per_group)
+        at = self.descriptor(group)[2] * self.block_bytes + index * self.inode_bytes
+        low, high = struct.unpack_from("<I", self.image, at + 4)[0], struct.unpack_from("<I", self.image, at + 108)[0]
+        size = self.fold.near(low | high << 32)
+        whole = record.content + record.tail
+        return record._replace(content=whole[:size], tail=whole[size:])
+
+    def _content(self, numbers: tuple[int, ...], count: int) -> bytes:
+        size = self.block_bytes
+        pointers = size // 4
+        places = {index: block for index, block in enumerate(numbers[:12]) if block}
+
+        def add(block: int, level: int, first: int) -> None:
+            if not block or first >= count:
+                return
+            if not level:
+                places[first] = block
+                return
+            for index, below in enumerate(struct.unpack(f"<{pointers}I", self._block(block))):
+                if below:
+                    add(below, level - 1, first + index * pointers ** (level - 1))
+
+        first = 12
+        for level, block in enumerate(numbers[12:], 1):
+            add(block, level, first)
+            first += pointers**level
+        out = []
+        for low, end in self.fold.pieces(count * size):
+            for index in range(low // size, end // size):
+                block = places.pop(index, 0)
+                out.append(self._block(block) if block else bytes(size))
+        left = [index for index in places if index < count]
+        assert not left, f"blocks {left[:4]} of a file are there, where nothing was ever written"
+        return b"".join(out)
 
 
 class Version(NamedTuple):
@@ -139,12 +245,26 @@ class Workload:
     """A volume over a logging device in simulated time, and what may be relied on, noted down.
 
     tight: the volume may become full; what fails for want of room must have done nothing.
+    sector: the device's, in bytes. fold: what contents and offsets in them stand for.
+    mostly_names: random steps are about names, most of them, and a commit is under way.
     """
 
-    def __init__(self, seed: int, image: bytes, *, tight: bool = False, sector: int = 512) -> None:
+    def __init__(
+        self,
+        seed: int,
+        image: bytes,
+        *,
+        tight: bool = False,
+        sector: int = 512,
+        fold: Fold | None = None,
+        mostly_names: bool = False,
+    ) -> None:
         self.random = random.Random(seed)
         self.seed = seed
         self.tight = tight
+        self.sector = sector
+        self.fold = fold or Fold()
+        self.mostly_names = mostly_names
         self.sim = Simulation(seed)
         self.sim._traces = False
         self.device = self.sim.device(store=device_of(image, sector=sector), add=False)
@@ -308,6 +428,10 @@ class Workload:
 
     async def rename(self, parent: Item, name: bytes, new_parent: Item, new_name: bytes) -> None:
         item, over = self.edges[parent, name], self.edges.get((new_parent, new_name))
+        if item is over:
+            # Two names of one file: rename(2) has nothing to do.
+            await self.volume.rename(parent.inode, name, new_parent.inode, new_name)
+            return
         self._change((new_parent, new_name), item)
         self._change((parent, name), None)
         done = await self._fits(self._done(self.volume.rename(parent.inode, name, new_parent.inode, new_name)))
@@ -320,8 +444,10 @@ class Workload:
     async def write(
         self, item: Item, offset: int | None, data: bytes, *, access: str = "auto", durable: bool = False
     ) -> None:
-        """Write to a file; durable: as O_DSYNC."""
+        """Write to a file, up to the end of a window of the fold; durable: as O_DSYNC."""
         at = len(item.content) if offset is None else offset
+        data = data[: self.fold.room(at)]
+        where = None if offset is None and self.fold.far(at) == self.fold.end(at) else self.fold.far(at)
         capture = self._capture(item)
         new = bytearray(item.content.ljust(at, b"\0"))
         new[at : at + len(data)] = data
@@ -331,7 +457,7 @@ class Workload:
 
         async def go(handle: NodeFile) -> None:
             flags = FUA if durable else 0
-            done = await self._fits(handle.write(offset, [memory], access=access, flags=flags))  # type: ignore[arg-type]
+            done = await self._fits(handle.write(where, [memory], access=access, flags=flags))  # type: ignore[arg-type]
             moved = 0 if done is None else done.transferred
             if moved < len(data):
                 self.full += done is not None
@@ -347,14 +473,16 @@ class Workload:
     async def truncate(self, item: Item, size: int) -> None:
         low = min(size, len(item.content))
         self._content(item, item.content[:size].ljust(size, b"\0"), low, 1 << 62)
-        await self._with(item, lambda handle: handle.truncate(size))
+        await self._with(item, lambda handle: handle.truncate(self.fold.end(size)))
 
     async def punch(self, item: Item, offset: int, length: int) -> None:
         end = min(offset + length, len(item.content))
         content = bytearray(item.content)
         content[offset:end] = bytes(max(0, end - offset))
         self._content(item, bytes(content), offset, end)
-        await self._with(item, lambda handle: handle.punch(offset, length))
+        where = self.fold.far(offset)
+        bytes_there = self.fold.end(offset + length) - where
+        await self._with(item, lambda handle: handle.punch(where, bytes_there))
 
     async def fsync(self, item: Item) -> None:
         """As fsync(2): this file's data; our commits bring all names and inodes along."""
@@ -376,9 +504,16 @@ class Workload:
         await self._with(item, go)
 
     async def _read(self, handle: NodeFile) -> bytes:
-        memory = empty(handle.size_bytes)
-        done = await handle.read(0, [memory], access=self.random.choice(("auto", "buffered"))) if len(memory) else None
-        return bytes(memory[: done.transferred if done else 0])
+        self.fold.near(handle.size_bytes)
+        access: Literal["auto", "buffered"] = "auto"
+        if handle.size_bytes:
+            access = self.random.choice(("auto", "buffered"))
+        content = b""
+        for first, end in self.fold.pieces(handle.size_bytes):
+            memory = empty(end - first)
+            done = await handle.read(first, [memory], access=access)
+            content += bytes(memory[: done.transferred])
+        return content
 
     async def set_mode(self, item: Item, mode: int, uid: int) -> None:
         before = item.attributes[-1][1]
@@ -452,7 +587,7 @@ class Workload:
                 self.run(self.sync())
             elif dice < 0.08:
                 self.run(self.reopen())
-            elif dice < 0.35:
+            elif dice < (0.75 if self.mostly_names else 0.35):
                 self.run(self._together(self.random.randrange(2, 6)))
             else:
                 self.run(self._any())
@@ -461,7 +596,7 @@ class Workload:
         scheduler = self.sim.scheduler
         self._before = self._capture()
         tasks = [scheduler.spawn(self._any(), "an operation") for _ in range(count)]
-        if self.random.random() < 0.5:
+        if self.random.random() < (0.9 if self.mostly_names else 0.5):
             tasks.append(scheduler.spawn(self.sync(), "a sync"))
         await gather(*tasks)
         self._before = None
@@ -491,6 +626,10 @@ class Workload:
             (1, self._bulk),
             (2, self._check),
         ]
+        if self.mostly_names:
+            about = (self._create, self._unlink, self._rename, self._replace, self._link)
+            ways = [(4 * weight if way in about else 1, way) for weight, way in ways]
+            ways.append((12, self._link))
         await self.random.choices([way for _, way in ways], [weight for weight, _ in ways])[0]()
 
     def _pick_file(self) -> Item | None:
@@ -576,24 +715,39 @@ class Workload:
         offset = dice.choice((0, None, size, dice.randrange(size + 1), dice.randrange(40_000)))
         if offset is not None and dice.random() < 0.5:
             offset -= offset % block
-        if dice.random() < 0.05:
+        if len(self.fold.starts) > 1 and dice.random() < 0.7:
+            offset = self._spot()
+        elif dice.random() < 0.05:
             offset = dice.randrange(1, 400) * block  # Past the single indirect block, if blocks are small.
         length = dice.choice((1, 100, 512, 1024, block, 3 * block, 5000, block * dice.randrange(1, 24)))
         access = dice.choice(("auto", "auto", "buffered"))
         await self.write(item, offset, self.data(length), access=access, durable=dice.random() < 0.1)
+
+    def _spot(self) -> int:
+        """A byte of contents in one of the fold's windows, or an edge of it, or one of a block in it."""
+        dice, block, starts = self.random, self.volume.block_bytes, self.fold.starts
+        start, end = dice.choice(list(zip(starts, [*starts[1:], starts[-1] + 16 * block], strict=True)))
+        at = dice.randrange(start, end)
+        return dice.choice((start, at, at - at % block, at - at % block))
 
     async def _truncate(self) -> None:
         item = self._pick_file()
         if item is not None:
             size = len(item.content)
             wanted = self.random.choice((0, self.random.randrange(size + 1), size + 700, self.random.randrange(60_000)))
+            if len(self.fold.starts) > 1 and self.random.random() < 0.7:
+                wanted = self._spot()
             await self._holding(self.truncate(item, wanted), item)
 
     async def _punch(self) -> None:
         item = self._pick_file()
         if item is not None and item.content:
             offset = self.random.randrange(len(item.content))
-            await self._holding(self.punch(item, offset, self.random.randrange(1, 30_000)), item)
+            length = self.random.randrange(1, 30_000)
+            if len(self.fold.starts) > 1 and self.random.random() < 0.7:
+                spots = sorted((self._spot(), self._spot()))
+                offset, length = spots[0], max(1, spots[1] - spots[0])
+            await self._holding(self.punch(item, offset, length), item)
 
     async def _unlink(self) -> None:
         key = self._pick_edge(lambda item: not item.is_dir)

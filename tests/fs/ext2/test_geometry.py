@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +158,12 @@ def test_inodes_are_where_debugfs_says(volume: Path):
         assert fresh.inode_place(image.cache, inode) == (int(block), int(offset, 16))
         addr = int(block) * geometry.block_bytes + int(offset, 16)
         assert geometry.inode_structure(inode) == ("image", f"inode {inode}", addr)
+    every = range(1, geometry.inodes_count + 1, 7)
+    blocks, offsets = geometry.inode_places(numpy.array(every))
+    places = zip(blocks.tolist(), offsets.tolist(), strict=True)
+    assert list(places) == [geometry.inode_place(image.cache, inode) for inode in every]
+    with pytest.raises(RuntimeError):
+        Geometry(geometry.superblock, "image").inode_places(numpy.array(every))
     for wrong in (0, -1, geometry.inodes_count + 1):
         with pytest.raises(CorruptionError, match=f"found inode {wrong}, expected a number from 1 to"):
             geometry.inode_place(image.cache, wrong)

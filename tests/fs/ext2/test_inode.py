@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -274,6 +275,18 @@ def test_times_out_of_range_are_the_first_or_last():
     assert narrow.storable_time(-1) == -SECOND
     assert wide.storable_time(-1) == -1
     assert wide.storable_time((1 << 40) * SECOND) == 0x37FFFFFFF * SECOND + SECOND - 1
+
+
+@given(
+    inode_bytes=st.sampled_from([128, 256]),
+    times=st.lists(st.integers(-(1 << 62), 1 << 62) | st.integers(-3 * SECOND, 3 * SECOND), max_size=20),
+)
+def test_many_times_are_stored_as_one_is(inode_bytes: int, times: list[int]) -> None:
+    """`all_on_disk` against `on_disk`, also where a time does not fit the record."""
+    inode = Ext2Inode.create(geometry_of(inode_bytes), 12, 0o100600, 0)
+    far = [time * 1000 for time in times]
+    pairs = numpy.array([divmod(time, SECOND) for time in times + far], numpy.int64).reshape(-1, 2)
+    assert inode.all_on_disk(pairs).tolist() == [list(inode.on_disk(time)) for time in times + far]
 
 
 def test_old_and_new_device_numbers():

@@ -1,6 +1,7 @@
 """A power cut at every write of scripted workloads on ext2: F11, F40, and what `commit.py` and `entries.py` promise.
 
 What must hold after each is told in `crash_kit`. More of them: python -m tests.fs.ext2.crash_kit 0 500
+Blocks of 2 KiB, sectors of 4 KiB and files that reach far: test_power_cut_wide.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from tests.fs.ext2 import crash_kit
 from tests.fs.ext2.crash_kit import check_crashes
-from tests.fs.ext2.crash_model import Item, Workload, base_image, foreign_image
+from tests.fs.ext2.crash_model import Fold, Item, Workload, base_image, foreign_image
 
 pytestmark = pytest.mark.slow
 
@@ -290,8 +291,17 @@ SCRIPTS: list[Callable[[Workload], None]] = [
 ]
 
 
-def crash(script: Callable[[Workload], None], image: bytes, *, tight: bool = False, ways: int = 4) -> int:
-    work = Workload(7, image, tight=tight)
+def crash(
+    script: Callable[[Workload], None],
+    image: bytes,
+    *,
+    tight: bool = False,
+    ways: int = 4,
+    sector: int = 512,
+    fold: Fold | None = None,
+) -> int:
+    """How many states were looked at. sector: the device's, which a power cut does not tear."""
+    work = Workload(7, image, tight=tight, sector=sector, fold=fold)
     with work.sim:
         script(work)
         work.run(work.end())

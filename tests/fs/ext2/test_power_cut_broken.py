@@ -29,7 +29,8 @@ from odirect.block.device import BlockDevice
 from odirect.cache.metacache import ENTRY, FRESH, LATE, TREE, MetaCache, Snapshot
 from odirect.dio import zeroing
 from odirect.dio.blockdev import flush
-from odirect.fs.ext2 import bulk_create, commit, entries, grow, node, volume
+from odirect.fs import base
+from odirect.fs.ext2 import commit, entries, grow, node, volume
 from odirect.fs.ext2.allocate import Allocator
 from odirect.fs.ext2.commit import Committer
 from odirect.fs.ext2.format import ENTRY_HEAD, EntryHead
@@ -206,7 +207,7 @@ def ends_not_zeroed(patch: pytest.MonkeyPatch) -> None:
         memory[:] = bytes([CANARY]) * length
         return memory
 
-    patch.setattr(bulk_create, "empty", used)
+    patch.setattr(base, "empty", used)
 
 
 def edges_not_zeroed(patch: pytest.MonkeyPatch) -> None:
