@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +230,24 @@ def _contents(batch: Batch) -> list[tuple[bytes, bytes]]:
 
 
 def test_who_stops_early_waits_for_the_threads(tmp_path: Path) -> None:
+    """Their memory is in use until then (F24)."""
     for number in range(5 * host_tree.BATCH_FILES):
         (tmp_path / f"{number}").touch()
+    before = set(threading.enumerate())
     with SmallFiles(list_tree(os.fsencode(tmp_path)), 4096, BLOCK, plain=True) as files:
         next(iter(files))
-    assert files._threads._shutdown and not any(thread.is_alive() for thread in files._threads._threads)
+        assert files._reading
+    assert set(threading.enumerate()) <= before
+
+
+def test_what_a_thread_raises_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake of ours in a thread must not look like the end of the tree."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(host_tree, "read_small", lambda *_: 1 / 0)
+    listings = list_tree(os.fsencode(tmp_path))
+    with SmallFiles(listings, 4096, BLOCK, plain=True) as files, pytest.raises(RuntimeError) as failed:
+        list(files)
+    assert isinstance(failed.value.__cause__, ZeroDivisionError)
 
 
 # --- copies of trees that change meanwhile --------------------------------------------------------

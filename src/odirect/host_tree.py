@@ -7,11 +7,12 @@ while what was read is put into a volume.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
+import functools
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Small files are read so many at a time, or so many bytes of memory.
-BATCH_FILES = 512
-BATCH_BYTES = 4 << 20
+BATCH_FILES = 1024
+BATCH_BYTES = 8 << 20
 # Batches that are read before they are asked for: a cold disk answers several at once.
 _AHEAD = 4
 
@@ -139,6 +140,30 @@ class Batch(NamedTuple):
     results: list[int]
 
 
+class _Reading(threading.Thread):
+    """A batch that a thread of its own reads."""
+
+    def __init__(self, read: Callable[[], Batch]) -> None:
+        super().__init__(name="odirect-host")
+        self._read = read
+        self._found: Batch | BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Read it."""
+        try:
+            self._found = self._read()
+        except BaseException as error:
+            self._found = error
+
+    def result(self) -> Batch:
+        """The batch, waited for. Raises what reading it raised."""
+        self.join()
+        if not isinstance(self._found, Batch):
+            raise RuntimeError("a batch was not read") from self._found
+        return self._found
+
+
 class SmallFiles:
     """Iterates over batches of the small files of a tree, in order, read by threads before they are asked for.
 
@@ -153,7 +178,7 @@ class SmallFiles:
         self._room_bytes = room_bytes
         self._plain = plain
         self._free: list[memoryview] = []
-        self._threads = concurrent.futures.ThreadPoolExecutor(_AHEAD, "odirect-host")
+        self._reading: collections.deque[_Reading] = collections.deque()
 
     def __enter__(self) -> SmallFiles:
         return self
@@ -161,17 +186,17 @@ class SmallFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        for reading in self._reading:
+            reading.join()
 
     def __iter__(self) -> Iterator[Batch]:
-        reading: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
         for parts, rooms in self._plan():
             memory = self._free.pop() if self._free else empty(max(BATCH_BYTES, self._most + self._room_bytes))
-            reading.append(self._threads.submit(self._read, parts, rooms, memory))
-            if len(reading) == _AHEAD:
-                yield reading.popleft().result()
-        while reading:
-            yield reading.popleft().result()
+            self._reading.append(_Reading(functools.partial(self._read, parts, rooms, memory)))
+            if len(self._reading) == _AHEAD:
+                yield self._reading.popleft().result()
+        while self._reading:
+            yield self._reading.popleft().result()
 
     def release(self, batch: Batch) -> None:
         """Nobody needs the batch's memory any more."""

@@ -161,6 +161,8 @@ class _CopyIn:
         self._made: dict[int, tuple[_Item, int]] = {}
         self._filled = 0
         self._seen: dict[tuple[int, int], int] = {}
+        #: Directories that this copy has made: the host has no name in them twice, and nobody else knows of them.
+        self._fresh: set[int] = set()
         #: By inode, the permission bits that it can have: what its directory let it inherit says so.
         self._most: dict[int, int] = {}
 
@@ -262,7 +264,9 @@ class _CopyIn:
                 raise NotDirectoryError("a directory cannot replace what is none")
             return inode
         self.counts.directories += 1
-        return await self._create(item, parent, name, 0o700)
+        inode = await self._create(item, parent, name, 0o700)
+        self._fresh.add(inode)
+        return inode
 
     async def _link(self, inode: int, parent: int, name: bytes) -> None:
         found = await self._there(parent, name)
@@ -302,6 +306,8 @@ class _CopyIn:
 
     async def _there(self, parent: int, name: bytes) -> tuple[int, FileKind] | None:
         """The inode that has the name already, and what it is."""
+        if parent in self._fresh:
+            return None
         try:
             inode = await self._file_system.lookup(parent, name)
         except MissingError:
@@ -416,30 +422,33 @@ class _CopyIn:
     async def _begin(self, batch: Batch, rows: list[int]) -> Making:
         import numpy
 
-        statuses, rooms, memory = batch.statuses[rows], batch.rooms[rows], batch.memory
+        statuses, rooms, names, memory = batch.statuses, batch.rooms, batch.names, batch.memory
+        numbers = numpy.repeat(
+            [self._made[number][1] for number, _ in batch.parts], [len(listed) for _, listed in batch.parts]
+        )
+        if len(rows) < len(names):
+            statuses, rooms, numbers = statuses[rows], rooms[rows], numbers[rows]
+            names = [names[row] for row in rows]
         block_bytes = self._file_system.block_bytes
         needed = -(-statuses[:, SIZE] // block_bytes) * block_bytes
-        if len(rows) < len(batch.names) or (needed < rooms).any():
+        if len(names) < len(batch.names) or (needed < rooms).any():
             # What is not made here, or became shorter, leaves a gap.
             starts = (numpy.cumsum(batch.rooms) - batch.rooms)[rows].tolist()
             at = 0
             for start, length in zip(starts, needed.tolist(), strict=True):
                 memory[at : at + length] = memory[start : start + length]
                 at += length
-        listings = [number for number, listed in batch.parts for _ in range(len(listed))]
-        numbers = numpy.array([self._made[number][1] for number in listings], numpy.int64)[rows]
         modes, uids, gids = (statuses[:, column] for column in (MODE, UID, GID))
         atimes, mtimes = statuses[:, [ATIME, ATIME_NS]], statuses[:, [MTIME, MTIME_NS]]
         if self._keep:
             modes = modes & 0o7777
         else:
             owner = self._volume.owner
-            groups = [self._directory(number).group for number in listings]
+            groups = [self._directories[number].group for number in numbers.tolist()]
             modes = modes & 0o777
             uids = numpy.full(len(rows), owner.uid)
-            gids = numpy.array([owner.gid if group is None else group for group in groups])[rows]
+            gids = numpy.array([owner.gid if group is None else group for group in groups])
             atimes = mtimes = numpy.tile(numpy.array(divmod(wall_ns(), 1_000_000_000)), (len(rows), 1))
-        names = [batch.names[row] for row in rows]
         memory = memory[: int(needed.sum())]
         return await self._file_system.begin_whole(
             NewFiles(numbers, names, memory, statuses[:, SIZE], modes, uids, gids, atimes, mtimes)
@@ -455,6 +464,8 @@ class _CopyIn:
 
     async def _look_at(self, directory: int) -> _Directory:
         """What is in a directory already, and what it gives to what is made there."""
+        if self._keep and directory in self._fresh:
+            return _Directory(frozenset(), None, False)
         found = await self._file_system.attributes(directory)
         names = frozenset(entry.name for entry in await self._file_system.entries(directory))
         inherits = not self._keep and await self._file_system.inherited_mode(directory) is not None

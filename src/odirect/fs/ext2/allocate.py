@@ -512,16 +512,14 @@ class Allocator:
         """The places of at most `most` free inodes of the group, the lowest. BlockMiss."""
         import numpy
 
-        bitmap = self.cache.get(self.descriptor(group).inode_bitmap)
         count = self.geometry.inodes_per_group
-        taken = int.from_bytes(bitmap[: -(-count // 8)], "little") | self._held_inodes.bits.get(group, 0)
-        first = self.geometry.first_inode - 1 - group * count
-        if first > 0:
-            taken |= (1 << first) - 1
-        bits = numpy.unpackbits(
-            numpy.frombuffer(taken.to_bytes(-(-count // 8), "little"), numpy.uint8), bitorder="little"
-        )
-        found: list[int] = numpy.flatnonzero(bits[:count] == 0)[:most].tolist()
+        bitmap: bytes | memoryview = self.cache.get(self.descriptor(group).inode_bitmap)[: -(-count // 8)]
+        held = self._held_inodes.bits.get(group, 0)
+        if held:
+            bitmap = (int.from_bytes(bitmap, "little") | held).to_bytes(len(bitmap), "little")
+        taken = numpy.unpackbits(numpy.frombuffer(bitmap, numpy.uint8), count=count, bitorder="little")
+        taken[: max(0, self.geometry.first_inode - 1 - group * count)] = 1
+        found: list[int] = (taken == 0).nonzero()[0][:most].tolist()
         return found
 
     def _free_inode_in(self, group: int) -> int | None:
@@ -542,10 +540,12 @@ class Allocator:
 
         groups = self.geometry.groups
         home = self.geometry.group_of_inode(parent.number)
+        there = self.descriptor(home)
+        inodes_there = there.free_inodes_count - self._held_inodes.counts.get(home, 0)
+        if inodes_there > 0 and there.free_blocks_count - self._held_blocks.counts.get(home, 0) > 0:
+            yield home
         inodes = self._available(_FREE_INODES, self._held_inodes)
         blocks = self._available(_FREE_BLOCKS, self._held_blocks)
-        if inodes[home] > 0 and blocks[home] > 0:
-            yield home
         # Files of one directory that do not fit its group go together to another one.
         group, step = (home + parent.number) % groups, 1
         while step < groups:

@@ -80,12 +80,14 @@ class _Batch(Making):
     def __init__(self, volume: Ext2, files: NewFiles, runs: list[tuple[int, int]], writing: Task[None]) -> None:
         self.files = files
         self.runs = runs
+        #: The directories that files are made in, in order, and the rows that are theirs.
+        self.directories = _by_directory(files)
         self._volume = volume
         self._writing = writing
 
     async def finish(self) -> list[int]:
         try:
-            await self._volume.cache.load(lambda: _look_ahead(self._volume, self.files))
+            await self._volume.cache.load(lambda: _look_ahead(self._volume, self))
             await joined(self._writing)
             return await self._volume.change(lambda: _make(self._volume, self))
         except GeneratorExit:
@@ -131,10 +133,10 @@ def _allocate(volume: Ext2, files: NewFiles) -> list[tuple[int, int]]:
     return runs
 
 
-def _look_ahead(volume: Ext2, files: NewFiles) -> None:
+def _look_ahead(volume: Ext2, batch: _Batch) -> None:
     """Ask for the blocks that making the files will need, while their data is on its way. Plain; BlockMiss."""
     cache, geometry, allocator = volume.cache, volume.geometry, volume.allocator
-    wanted = {number: len(rows) for number, rows in _by_directory(files)}
+    wanted = {number: len(rows) for number, rows in batch.directories}
     cache.get_all(list({geometry.inode_place(cache, number)[0] for number in wanted}))
     groups: dict[int, int] = {}
     blocks: list[int] = []
@@ -153,13 +155,11 @@ def _look_ahead(volume: Ext2, files: NewFiles) -> None:
     cache.get_all(sorted(tables))
 
 
-def _by_directory(files: NewFiles) -> Iterator[tuple[int, NDArray[numpy.int64]]]:
-    """The directories that files are made in, in order, and which rows are theirs."""
-    import numpy
-
-    directories, first = numpy.unique(files.directories, return_index=True)
-    for number in directories[numpy.argsort(first)].tolist():
-        yield number, numpy.flatnonzero(files.directories == number)
+def _by_directory(files: NewFiles) -> list[tuple[int, list[int]]]:
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(files.directories.tolist()):
+        rows.setdefault(number, []).append(row)
+    return list(rows.items())
 
 
 def _array(numbers: Sequence[int]) -> NDArray[numpy.int64]:
@@ -170,10 +170,7 @@ def _array(numbers: Sequence[int]) -> NDArray[numpy.int64]:
 
 def _tables(geometry: Geometry, numbers: NDArray[numpy.int64]) -> list[int]:
     """The blocks that the records of these inodes are in, in order."""
-    import numpy
-
-    tables: list[int] = numpy.unique(geometry.inode_places(numbers)[0]).tolist()
-    return tables
+    return sorted(set(geometry.inode_places(numbers)[0].tolist()))
 
 
 async def _write(volume: Ext2, memory: memoryview, runs: Sequence[tuple[int, int]]) -> None:
@@ -196,7 +193,7 @@ def _make(volume: Ext2, batch: _Batch) -> list[int]:
     import numpy
 
     files = batch.files
-    directories = [(number, rows, [files.names[row] for row in rows.tolist()]) for number, rows in _by_directory(files)]
+    directories = [(number, rows, [files.names[row] for row in rows]) for number, rows in batch.directories]
     now_ns = volume.now_ns()
     numbers = numpy.zeros(len(files.names), numpy.int64)
     for directory, rows, names in directories:
