@@ -128,6 +128,7 @@ class DirectRequest:
         "done",
         "error",
         "fallback",
+        "holes",
         "length",
         "offset",
         "op",
@@ -160,6 +161,8 @@ class DirectRequest:
         self.error: BaseException | None = None
         self.fallback: Reason | None = None
         self.bounced = Reason.NONE
+        #: Whether a read met ranges without data, for which the device is not asked.
+        self.holes = False
 
     def result(self) -> int:
         """The bytes moved; raises the error; RuntimeError while it is in flight."""
@@ -386,6 +389,7 @@ class _Work:
 
     def _read_zeroes(self, stop: int) -> bool:
         """A read of what has no data: zeroes, written here (G09)."""
+        self.request.holes = True
         for target in self._memory(self.position, min(stop, self.size)):
             try:
                 done = zero_fill(target)

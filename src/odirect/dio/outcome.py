@@ -26,7 +26,7 @@ class Kind(enum.StrEnum):
 
 
 class Reason(enum.StrEnum):
-    """Why a request, or a part of it, did not go direct."""
+    """Why a request, or a part of it, did not go direct; or why the device was not asked for all of a direct read."""
 
     NONE = ""
     MISALIGNED_OFFSET = "misaligned offset"
@@ -40,6 +40,7 @@ class Reason(enum.StrEnum):
     ENCODED = "encoded"
     INLINE = "inline"
     NO_SPACE = "no space"
+    SMALL_FILE = "small file"
 
 
 class Promise(enum.StrEnum):

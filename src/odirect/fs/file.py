@@ -57,6 +57,8 @@ _CACHED_PIECE = 1 << 20
 
 _DIRECT = Outcome(Kind.DIRECT)
 _BUFFERED = Outcome(Kind.BUFFERED)
+_WITH_HOLES = Outcome(Kind.DIRECT, Reason.HOLE)
+_PAST_THE_END = Outcome(Kind.DIRECT, Reason.END_OF_FILE)
 _AT_THE_END = Outcome(Kind.BOUNCED, Reason.END_OF_FILE)
 _WRITTEN = Outcome(Kind.DIRECT, promise=Promise.DEVICE)
 
@@ -246,7 +248,7 @@ class FileNode(ABC):
         length = sum(map(len, segments))
         count = min(length, self._size - offset)
         if count <= 0:
-            return Done(0, _BUFFERED if access == "buffered" else _DIRECT)
+            return Done(0, _BUFFERED if access == "buffered" else _PAST_THE_END if length else _DIRECT)
         if flags & NOWAIT:
             self._check_nowait(READ, offset, count)
         if access == "buffered":
@@ -369,7 +371,7 @@ class FileNode(ABC):
         request = DirectRequest(READ, offset, segments, asynchronous=True, bio_flags=flags & (NOWAIT | HIPRI))
         await direct_io(request, self, self.mapper(), self.dio_flags)
         done = await request.wait()
-        outcome = _AT_THE_END if request.bounced else _DIRECT
+        outcome = _AT_THE_END if request.bounced else _WITH_HOLES if request.holes else _DIRECT
         if request.fallback is None:
             return Done(done, outcome)
         if access == "strict":
