@@ -7,7 +7,7 @@ scheduler polls the queue, not each device, so that one system call serves them 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Protocol
 
 from odirect.block.bio import Bio
 from odirect.ring.contract import Ring
@@ -154,7 +154,8 @@ class RingQueue:
                 _record(tag, result)
                 finished.append(tag)
                 continue
-            bio = cast(Tag, tag).finish(result)
+            request: Tag = tag  # type: ignore[assignment]
+            bio = request.finish(result)
             if bio is None:
                 unanswered = True
             else:

@@ -141,7 +141,7 @@ class NodeRequests(Started):
         self.in_flight.value += 1
         self.pending += 1
         try:
-            if self._queue is not None and trace.active is None:
+            if self._queue is not None:
                 self._queue(op, self._handle, (buffer,), addr, length, self._rwf[op], request)
             else:
                 view = as_bytes_view(buffer, writable=op == READ)

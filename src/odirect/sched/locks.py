@@ -190,7 +190,7 @@ class Mutex:
     def idle(self) -> bool:
         """Whether nobody holds it or waits for it."""
         ranges = self._ranges
-        return not ranges._held and not ranges._line
+        return not (ranges._held or ranges._line)
 
 
 class Count:
