@@ -21,6 +21,7 @@ from tests.files import DirectReader, cut_short, data_file, filled
 import odirect
 from odirect import Kind, aio
 from odirect.base.errors import (
+    AlignmentError,
     BadBufferError,
     ClosedError,
     DirectoryError,
@@ -589,5 +590,39 @@ def test_nothing_is_kept_of_finished_requests(path: Path, traced: None) -> None:
                 await round_of_reads()
             gc.collect()
             assert tracemalloc.get_traced_memory()[0] - before < 100_000
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [1, 512, 1000, 100_000])
+def test_strict_reads_up_to_the_end(scratch: Path, size: int) -> None:
+    """Strict access asks for the last block whole, as the kernel takes it, wherever the file ends (B01, F02)."""
+    content = random.Random(size).randbytes(size)
+    path = data_file(scratch / "file", content)
+
+    async def main() -> None:
+        async with aio.open(path, access="strict") as file:
+            unit = file.limits.read_align
+            last = (size - 1) // unit * unit
+            assert await file.pread(4096, last) == content[last : last + 4096]
+            assert await file.pread(1 << 50, 0) == content
+            assert await file.pread(unit, size + 1) == b""
+            assert await file.preadinto(odirect.empty(4096), size + 1) == 0
+            if size % unit:
+                with pytest.raises(AlignmentError):
+                    await file.pread(unit + 1, last)
+            if size > 1 and unit > 1:
+                with pytest.raises(AlignmentError):
+                    await file.pread(unit, 1)
+
+    asyncio.run(main())
+
+
+def test_a_descriptor_for_others(path: Path, content: bytes) -> None:
+    """fileno takes any length at any offset, as others expect of a descriptor (G07)."""
+
+    async def main() -> None:
+        async with aio.open(path) as file:
+            assert os.pread(file.fileno(), 777, 333) == content[333:1110]
 
     asyncio.run(main())

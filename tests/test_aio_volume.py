@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.files import filled
@@ -920,3 +921,47 @@ def test_blocks_smaller_than_sectors(scratch: Path) -> None:
         with loop_device(path, 4096) as device:
             asyncio.run(main(device))
         judged(path)
+
+
+def test_arguments_that_cannot_be(image: Path, content: bytes) -> None:
+    """They are what they are in the synchronous face: ValueError, TypeError, or refused with a reason."""
+
+    async def main() -> None:
+        async with aio.open_volume(image, "r+") as volume:
+            for call in (
+                lambda: volume.chmod("/data", -1),
+                lambda: volume.mkdir("/d", -1),
+                lambda: volume.mknod("/n", -1),
+            ):
+                with pytest.raises(ValueError, match="mode"):
+                    await call()
+            pairs: list[Any] = [{}, "", "ab"]
+            for given in pairs:
+                with pytest.raises(TypeError, match="times"):
+                    await volume.utime("/data", given)
+            with pytest.raises(TypeError, match="mode"):
+                await volume.open("/data", None)  # type: ignore[arg-type]
+            with pytest.raises(UnsupportedError, match="atomic"):
+                await volume.open("/data", "r+", atomic=True)
+            with pytest.raises(ValueError, match="mode"):
+                await volume.open("/new", "w", permissions=-1)
+            assert sorted(await volume.listdir("/")) == ["data", "lost+found"]
+
+    asyncio.run(main())
+
+
+def test_strict_reads_up_to_the_end(image: Path) -> None:
+    """Strict access asks for the last block whole, wherever the file ends (B01, F02)."""
+    content = random.Random(1).randbytes(100_001)
+
+    async def main() -> None:
+        async with aio.open_volume(image, "r+") as volume:
+            await volume.write_bytes("/file", content)
+            await volume.sync()
+            async with volume.open("/file", access="strict") as file:
+                assert await file.pread(4096, 98304) == content[98304:]
+                assert await file.pread(1 << 40, 0) == content
+                with pytest.raises(AlignmentError):
+                    await file.pread(4097, 98304)
+
+    asyncio.run(main())

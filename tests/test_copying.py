@@ -1080,3 +1080,61 @@ def test_a_child_that_is_interrupted_in_the_middle(source: Path, scratch: Path, 
         out, err = child.communicate()
     assert b"KeyboardInterrupt" in err and b"finished" not in out
     assert os.listdir(scratch) == ["source"]
+
+
+# --- what is made while it is read ---------------------------------------------------------------
+
+
+def made_while_read() -> list[Path]:
+    """Files of this machine whose size says nothing, and whose content stays."""
+    places = (
+        "/proc/version",
+        "/proc/sys/kernel/ostype",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+        "/proc/kallsyms",
+    )
+    return [Path(place) for place in places if os.access(place, os.R_OK)]
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("source", made_while_read(), ids=str)
+def test_a_source_whose_size_says_nothing(ring: str, scratch: Path, source: Path, verify: bool) -> None:
+    """It is copied to its end, and its reads are said to be buffered (F02, F50)."""
+    content, done = source.read_bytes(), []
+    report = odirect.copy(
+        source, scratch, verify=verify, chunk_bytes=65536, progress=lambda count, total: done.append((count, total))
+    )
+    assert (scratch / source.name).read_bytes() == content
+    assert report.bytes_copied == len(content) and report.target == str(scratch / source.name)
+    assert done[-1] == (len(content) * (2 if verify else 1), 0)
+    buffered = [tally.bytes for outcome, tally in report.read_outcomes.items() if outcome.kind is Kind.BUFFERED]
+    assert buffered == [len(content)]
+    assert (scratch / source.name).stat().st_mode & 0o777 == source.stat().st_mode & 0o777 & ~0o022
+    assert odirect.copy(source, scratch / "again").bytes_copied == len(content)
+    with pytest.raises(NotDirectError):
+        odirect.copy(source, scratch / "strict", access="strict")
+    assert not (scratch / "strict").exists()
+
+
+@pytest.mark.parametrize("source", made_while_read(), ids=str)
+def test_a_stream_of_what_has_no_size(ring: str, scratch: Path, source: Path) -> None:
+    """It is written to a stream from any byte on, up to its end or less (F02)."""
+    content = source.read_bytes()
+    for offset, length in ((0, None), (2, None), (3, 10), (len(content) + 1, None)):
+        with open(scratch / "out", "wb") as out:
+            report = copy_out(source, out.fileno(), offset=offset, length=length, chunk_bytes=4096)
+        wanted = content[offset:] if length is None else content[offset : offset + length]
+        assert (scratch / "out").read_bytes() == wanted and report.bytes_copied == len(wanted)
+        assert {outcome.kind for outcome in report.read_outcomes} == {Kind.BUFFERED}
+
+
+def test_bounds_of_what_is_asked(scratch: Path) -> None:
+    """More chunks than can be, and what is no clock, are refused before anything is made."""
+    (scratch / "source").write_bytes(b"content")
+    for depth in (1025, 1 << 31, 0):
+        with pytest.raises(ValueError, match="at once"):
+            odirect.copy(scratch / "source", scratch / "copy", depth=depth)
+    with pytest.raises(TypeError, match="clock"):
+        odirect.copy(scratch / "source", scratch / "copy", clock=True)  # type: ignore[arg-type]
+    assert os.listdir(scratch) == ["source"]
+    assert odirect.copy(scratch / "source", scratch / "copy", depth=1024, chunk_bytes=4096).bytes_copied == 7

@@ -17,12 +17,14 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import hypothesis
 import numpy
@@ -1465,3 +1467,211 @@ def test_against_the_model(scratch: Path) -> None:
             max_examples=50, stateful_step_count=25, suppress_health_check=list(hypothesis.HealthCheck)
         ),
     )
+
+
+# --- what an audit found -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 1000, 4097, 100_000])
+def test_strict_reads_up_to_the_end(scratch: Path, size: int) -> None:
+    """Strict access asks for the last block whole, as the kernel takes it, wherever the file ends (B01, F02)."""
+    content = random.Random(size).randbytes(size)
+    path = data_file(scratch / "file", content)
+    with odirect.open(path, access="strict") as file:
+        unit = file.limits.read_align
+        last = (size - 1) // unit * unit
+        assert file.pread(4096, last) == content[last : last + 4096]
+        assert file.pread(1 << 50, 0) == content
+        assert file.read() == content and file.read() == b"" and file.tell() == size
+        assert file.readinto(odirect.empty(4096)) == 0
+        assert file.pread(unit, size + 1) == b""
+        file.seek(0)
+        assert file.readall() == content
+        if size % unit:
+            with pytest.raises(AlignmentError, match="file"):
+                file.pread(unit + 1, last)
+        if size > 1 and unit > 1:
+            with pytest.raises(AlignmentError):
+                file.pread(unit, 1)
+        for length in (4096, 1 << 16):
+            file.seek(0)
+            target = io.BytesIO()
+            shutil.copyfileobj(file, target, length)
+            assert target.getvalue() == content
+        file.seek(0)
+        assert io.BufferedReader(file).read() == content
+
+
+@pytest.mark.parametrize("access", ["auto", "strict"])
+@pytest.mark.parametrize("position", [0, 4096, 4000, 333, 299_999, SIZE])
+def test_numpys_own_calls(path: Path, content: bytes, position: int, access: Literal["auto", "strict"]) -> None:
+    """fromfile and tofile, which ask for a descriptor, are right at any position, also beside direct I/O (G07)."""
+    with odirect.open(path, "r+", access=access) as file, path.open("rb") as other:
+        file.seek(position)
+        other.seek(position)
+        found, wanted = numpy.fromfile(file, numpy.uint8, count=10), numpy.fromfile(other, numpy.uint8, count=10)
+        assert (found == wanted).all() and file.tell() == other.tell() == min(position + 10, SIZE)
+        file.seek(position)
+        assert bytes(numpy.fromfile(file, numpy.uint8)) == content[position:]
+        numbers = numpy.arange(25_000)
+        file.seek(position)
+        numbers.tofile(file)
+        assert file.tell() == position + numbers.nbytes
+        model = bytearray(content)
+        model[position : position + numbers.nbytes] = numbers.tobytes()
+        buffer = odirect.empty(len(model) + 4096 - len(model) % 4096)
+        assert file.preadinto(buffer, 0) == len(model) and buffer[: len(model)] == model
+        assert file.pwrite(filled(8192, 5), 4096) == 8192
+        model[4096 : 4096 + 8192] = b"\x05" * 8192
+        file.seek(0)
+        assert bytes(numpy.fromfile(file, numpy.uint8)) == model
+        file.sync()
+    assert path.read_bytes() == model
+
+
+def test_a_descriptor_for_others(path: Path, content: bytes) -> None:
+    """fileno stands where the position is, takes any length, and is the file's: children, sendfile, mappings (G07)."""
+    with odirect.open(path, "r+") as file:
+        file.seek(1001)
+        assert subprocess.run(["cat"], stdin=file.fileno(), capture_output=True, check=True).stdout == content[1001:]
+        assert os.fstat(file.fileno()).st_ino == path.stat().st_ino
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert ours.sendfile(file, 77, 5000) == 5000
+            assert theirs.recv(5000, socket.MSG_WAITALL) == content[77:5077]
+        assert file.tell() == 5077
+        with mmap.mmap(file.fileno(), 4096, prot=mmap.PROT_READ) as area:
+            assert area[:] == content[:4096]
+        file.seek(1 << 70)
+        assert os.fstat(file.fileno()).st_size == SIZE
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            descriptor = file.fileno()
+            file.close()
+            os.fstat(descriptor)
+
+
+def made_while_read() -> list[Path]:
+    """Files of this machine whose size says nothing, and whose content stays."""
+    places = (
+        "/proc/version",
+        "/proc/sys/kernel/ostype",
+        "/sys/kernel/mm/transparent_hugepage/enabled",
+        "/proc/kallsyms",
+    )
+    return [Path(place) for place in places if os.access(place, os.R_OK)]
+
+
+@pytest.mark.parametrize("path", made_while_read(), ids=str)
+def test_files_that_are_made_while_they_are_read(path: Path) -> None:
+    """What has a size of 0 or of a page and other content is read to its end, and said to be buffered (F02, F50)."""
+    content = path.read_bytes()
+    assert content and len(content) != path.stat().st_size
+    with odirect.open(path) as file:
+        assert file.read() == content and file.read() == b""
+        assert file.pread(5, 2) == content[2:7] and file.pread(5, len(content)) == b""
+        buffer = bytearray(len(content) + 5000)
+        assert file.preadinto(buffer, 0) == len(content) and buffer[: len(content)] == content
+        assert file.preadv([bytearray(3), bytearray(2)], 1) == 5
+        assert file.read_batch([0, 3, len(content)], 2, bytearray(6)).tolist() == [2, 2, 0]
+        assert {outcome.kind for outcome in file.totals} == {Kind.BUFFERED}
+        with pytest.raises(UnsupportedError):
+            file.submit("read", 0, bytearray(10))
+    with odirect.open(path) as file:
+        assert io.BufferedReader(file).read() == content
+    with pytest.raises(NotDirectError):
+        odirect.open(path, access="strict")
+
+    async def main() -> None:
+        async with aio.open(path) as file:
+            assert await file.pread(1 << 40, 0) == content
+            assert await file.pread(5, 2) == content[2:7]
+            assert file.last_outcome is not None and file.last_outcome.kind is Kind.BUFFERED
+
+    asyncio.run(main())
+
+
+class _Sizeless:
+    """A status that says that a file is empty, as some file systems that are programs do."""
+
+    st_size = 0
+
+    def __init__(self, status: os.stat_result) -> None:
+        self._status = status
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._status, name)
+
+
+def test_a_size_of_zero_where_direct_is_taken(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where O_DIRECT is taken, a file of 0 bytes that has a first byte is read to its end all the same (F02)."""
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: _Sizeless(real(fd)))
+    with odirect.open(path) as file:
+        assert file.size == 0
+        assert file.read() == content
+        assert file.last_outcome == Outcome(Kind.BUFFERED, Reason.CACHED_BY_FS)
+    with pytest.raises(NotDirectError, match="its size is 0"):
+        odirect.open(path, access="strict")
+
+
+def test_an_empty_file_stays_direct(scratch: Path) -> None:
+    """A file that is empty when it is opened goes direct as soon as it holds something."""
+    path = data_file(scratch / "empty", b"")
+    with odirect.open(path) as reader, odirect.open(path, "r+") as writer:
+        assert reader.read() == b""
+        assert writer.pwrite(filled(4096, 7), 0) == 4096
+        assert reader.preadinto(odirect.empty(4096), 0) == 4096
+        assert reader.last_outcome == Outcome(Kind.DIRECT)
+
+
+@pytest.mark.parametrize("mode", [None, 1, [], b"r"])
+def test_a_mode_that_is_no_text(path: Path, mode: str) -> None:
+    """It is TypeError, in both faces."""
+    with pytest.raises(TypeError, match="mode"):
+        odirect.open(path, mode)
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match="mode"):
+            await aio.open(path, mode)
+
+    asyncio.run(main())
+
+
+def test_a_ring_that_is_none_is_told_at_open(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong ODIRECT_RING is told before anything is done to the file (F53)."""
+    monkeypatch.setenv("ODIRECT_RING", "uring")
+    for mode in ("r", "w"):
+        with pytest.raises(ValueError, match="ODIRECT_RING"):
+            odirect.open(path, mode)
+    assert path.read_bytes() == content
+
+
+def test_offsets_past_what_is_signed(path: Path) -> None:
+    """A batch names such an offset as it was given."""
+    with odirect.open(path) as file:
+        offsets: Any = numpy.array([0, 2**64 - 1], dtype=numpy.uint64)
+        with pytest.raises(ValueError, match="offset 1 of the batch is 18446744073709551615"):
+            file.read_batch(offsets, 512, odirect.empty(1024))
+        assert file.read_batch(offsets[:1], 512, odirect.empty(512)).tolist() == [512]
+
+
+def test_atomic_is_not_blamed_on_the_buffer(path: Path) -> None:
+    """Where the device promises nothing, that is said, whatever else is wrong with the request (F43)."""
+    with odirect.open(path, "r+", atomic=True) as file:
+        if file.limits.atomic_max:
+            pytest.skip("this device has atomic writes")
+        for verb in WRITE_VERBS:
+            with pytest.raises(AtomicLimitError, match="none at all"):
+                verb(file, filled(4096, 1, shift=1), 0)
+        with pytest.raises(io.UnsupportedOperation), odirect.open(path, atomic=True) as reader:
+            reader.pwrite(bytes(4096), 0)
+        assert file.truncate(SIZE) == SIZE
+
+    async def main() -> None:
+        async with aio.open(path, "r+", atomic=True) as file:
+            for call in (file.pwrite, lambda buffer, offset: file.pwritev([buffer], offset)):
+                with pytest.raises(AtomicLimitError, match="none at all"):
+                    await call(filled(4096, 1, shift=1), 0)
+            assert await file.truncate(SIZE) == SIZE
+
+    asyncio.run(main())

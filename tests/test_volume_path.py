@@ -96,7 +96,8 @@ def test_equal_and_in_order(memory: Volume) -> None:
             assert memory / "a" < other / "b"
         with pytest.raises(ValueError):
             (memory / "a").relative_to(other.root)
-    assert (memory / "a/b").relative_to(memory / "a") == "b" and (memory / "a").relative_to(memory / "a") == "."
+    assert (memory / "a/b").relative_to(memory / "a") == PurePosixPath("b")
+    assert (memory / "a").relative_to(memory / "a") == PurePosixPath()
     assert (memory / "a/b").is_relative_to(memory / "a") and not (memory / "a").is_relative_to(memory / "a/b")
 
 
@@ -281,3 +282,80 @@ def test_paths_are_taken_where_paths_are(volume: Volume, scratch: Path) -> None:
     volume.copy_in(scratch / "out", top / "copy")
     assert (top / "copy" / "sub" / "two.txt").read_text() == "two"
     assert isinstance(top, VolumePath)
+
+
+# --- beyond the names ------------------------------------------------------------------------------
+
+_OTHERS = ("/", "/a", "/a/b", "/a/b/c.txt", "/a/c", "/b", "/ab")
+
+
+@pytest.mark.parametrize("text", _OTHERS)
+def test_seen_from_other_paths_as_in_pathlib(memory: Volume, text: str) -> None:
+    """relative_to and is_relative_to take text, pathlib's paths and ours, and say what PurePosixPath says."""
+    ours, theirs = memory / text, PurePosixPath(text)
+    for other in _OTHERS:
+        seen: list[object] = []
+        for form in (other, os.fsencode(other), Path(other), memory / other):
+            try:
+                seen.append(ours.relative_to(form))
+                assert ours.is_relative_to(form)
+            except ValueError:
+                seen.append(None)
+                assert not ours.is_relative_to(form)
+        expected = theirs.relative_to(other) if theirs.is_relative_to(other) else None
+        assert seen == [expected] * 4
+    assert not ours.is_relative_to("a") and ours.is_relative_to("/", ".")
+    with pytest.raises(ValueError):
+        ours.relative_to("a")
+    assert PurePosixPath("/", *ours.relative_to("/x/y", walk_up=True).parts[2:]) == theirs
+    assert str((memory / "a/b").relative_to("/a/c", walk_up=True)) == "../b"
+    with pytest.raises(ValueError, match=r"'\.\.'"):
+        ours.relative_to("/x/..", walk_up=True)
+    assert (ours.anchor, ours.root, ours.drive) == (theirs.anchor, theirs.root, theirs.drive)
+    assert ours.is_absolute() and ours.absolute() == ours and not ours.is_reserved()
+    assert ours.with_segments("/x", "y") == memory / "x/y"
+
+
+def test_paths_as_segments_and_in_order(memory: Volume) -> None:
+    """A path of the volume may stand behind another, and all comparisons are there."""
+    a, b = memory / "a", memory / "b"
+    assert a / b == b and memory / memory.root == memory.root and memory / a == a and a.joinpath("x", b) == b
+    assert a < b and a <= b and a <= a and b > a and b >= a and b >= b and not a >= b and not b <= a
+    with memory_volume() as other:
+        with pytest.raises(ValueError, match="another volume"):
+            a / (other / "b")
+        for compare in (lambda: a <= other / "b", lambda: a >= other / "b", lambda: a > other / "b", lambda: a <= "/b"):  # type: ignore[operator]
+            with pytest.raises(TypeError):
+                compare()
+    for wrong in (
+        lambda: a.match(None),  # type: ignore[arg-type]
+        lambda: a.match(b"a"),  # type: ignore[arg-type]
+        lambda: a.with_suffix(True),  # type: ignore[arg-type]
+        lambda: a.with_name(None),  # type: ignore[arg-type]
+        lambda: a.with_stem(b"x"),  # type: ignore[arg-type]
+        lambda: a.relative_to(None),  # type: ignore[arg-type]
+        lambda: a.is_relative_to(3),  # type: ignore[arg-type]
+        lambda: memory.root.samefile(None),  # type: ignore[arg-type]
+        lambda: list(a.glob(None)),  # type: ignore[arg-type]
+        lambda: a.rglob(None),  # type: ignore[arg-type]
+        lambda: a / None,  # type: ignore[operator]
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+
+
+def test_other_paths_in_calls(volume: Volume) -> None:
+    """samefile takes text; a symbolic link may be made to a path; owner and group are names."""
+    assert (volume / "dir/one.txt").samefile("/dir/one.txt") and not (volume / "dir").samefile(b"/dir/sub")
+    volume.symlink(volume / "dir/one.txt", volume / "by_path")
+    (volume / "from_path").symlink_to(volume / "dir/sub")
+    assert volume.readlink("/by_path") == "/dir/one.txt" and volume.readlink("/from_path") == "/dir/sub"
+    with memory_volume() as other, pytest.raises(ValueError, match="another volume"):
+        volume.symlink(other / "x", "/y")
+    volume.chown("/dir/one.txt", 0, 0)
+    assert ((volume / "dir/one.txt").owner(), (volume / "dir/one.txt").group()) == ("root", "root")
+    volume.chown("/dir/one.txt", 3999999999, 3999999998)
+    with pytest.raises(KeyError):
+        (volume / "dir/one.txt").owner()
+    with pytest.raises(KeyError):
+        (volume / "dir/one.txt").group()

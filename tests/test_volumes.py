@@ -86,7 +86,7 @@ def test_an_image_is_opened_and_described(image: Path) -> None:
         assert volume.is_direct and volume.limits.sources["read_align"]
         assert "ext2" in repr(volume)
         space = volume.statfs()
-        assert space.f_blocks * space.f_frsize == image.stat().st_size
+        assert 0 < space.f_blocks * space.f_frsize < image.stat().st_size
         assert 0 < space.f_bavail <= space.f_bfree < space.f_blocks and space.f_flag == 0 and space.f_namemax == 255
     assert volume.closed and not volume.writable and "closed" in repr(volume)
     with odirect.open_volume(os.fsencode(image)) as volume:
@@ -1345,3 +1345,74 @@ def test_truncating_beside_batches_and_single_reads(volume: Volume) -> None:
             thread.join()
         assert file.pread(size, 0).rstrip(b"\0") == b"x" * (size // 2)
     assert wrong == []
+
+
+# --- what cannot be asked ------------------------------------------------------------------------
+
+
+def test_arguments_that_cannot_be(volume: Volume) -> None:
+    """They are ValueError or TypeError, at once, and change nothing."""
+    volume.write_bytes("/file", b"content")
+    before, path = volume.stat("/file"), volume / "file"
+    wrong: list[tuple[type[Exception], Callable[[], object]]] = [
+        (TypeError, lambda: volume.open("/file", cast(str, None))),
+        (TypeError, lambda: path.open(cast(str, []))),
+        (TypeError, lambda: path.open(cast(str, b"r"))),
+        (ValueError, lambda: path.open(buffering=2**63)),
+        (ValueError, lambda: volume.utime("/file", (float("inf"), 1.0))),
+        (ValueError, lambda: volume.utime("/file", (float("nan"), 1.0))),
+        (ValueError, lambda: volume.utime("/file", (1e300, 1e300 * 1e300))),
+        (TypeError, lambda: volume.utime("/file", ns=cast("tuple[int, int]", (1.5, 1)))),
+        (TypeError, lambda: volume.utime("/file", ns=cast("tuple[int, int]", (1,)))),
+    ]
+    pairs: list[Any] = [{}, "", "ab", b"ab", 5, (1,), (1, 2, 3), (None, 1), ("a", "b"), ["a", 1]]
+    for given in pairs:
+        wrong.append((TypeError, lambda given=given: volume.utime("/file", cast("tuple[float, float]", given))))  # type: ignore[misc]
+    for mode in (-1, 1 << 16, 1 << 70):
+        wrong += [
+            (ValueError, lambda mode=mode: volume.chmod("/file", mode)),  # type: ignore[misc]
+            (ValueError, lambda mode=mode: volume.mkdir("/new", mode)),  # type: ignore[misc]
+            (ValueError, lambda mode=mode: volume.mkdir("/new/new", mode, parents=True)),  # type: ignore[misc]
+            (ValueError, lambda mode=mode: volume.mknod("/new", mode)),  # type: ignore[misc]
+            (ValueError, lambda mode=mode: volume.open("/new", "w", permissions=mode)),  # type: ignore[misc]
+            (ValueError, lambda mode=mode: volume.write_bytes("/new", b"", permissions=mode)),  # type: ignore[misc]
+        ]
+    for kind, call in wrong:
+        with pytest.raises(kind):
+            call()
+    assert volume.listdir("/") == ["file"] and volume.stat("/file") == before
+    volume.chmod("/file", stat.S_IFREG | 0o640)
+    volume.utime("/file", [numpy.float64(1.5), 2])  # type: ignore[arg-type]
+    found = volume.stat("/file")
+    assert (stat.S_IMODE(found.st_mode), found.st_mtime) == (0o640, 2)
+
+
+def test_atomic_is_refused_in_a_volume(volume: Volume) -> None:
+    """A file in a volume takes what `odirect.open` takes, and says why atomic is not to be had (F43)."""
+    with pytest.raises(UnsupportedError, match="atomic"):
+        volume.open("/file", "w", atomic=True)
+    assert volume.listdir("/") == []
+
+
+def test_strict_reads_up_to_the_end(scratch: Path) -> None:
+    """Strict access asks for the last block whole, wherever the file ends (B01, F02)."""
+    content = random.Random(1).randbytes(100_001)
+    with volume_of("ext2", scratch) as volume:
+        volume.write_bytes("/file", content)
+        volume.sync()
+        with volume.open("/file", access="strict") as file:
+            assert file.pread(4096, 98304) == content[98304:]
+            assert file.read() == content and file.read() == b""
+            with pytest.raises(AlignmentError):
+                file.pread(4097, 98304)
+            file.seek(0)
+            assert io.BufferedReader(file).read() == content
+
+
+def test_numpy_is_told_that_there_is_no_descriptor(volume: Volume) -> None:
+    """What asks for a descriptor has a clear error, and nothing is read or written (G07)."""
+    with volume.open("/file", "w+") as file:
+        for call in (lambda: numpy.fromfile(file, numpy.uint8), lambda: numpy.arange(5).tofile(file)):
+            with pytest.raises(io.UnsupportedOperation, match="no descriptor"):
+                call()
+        assert file.size == 0

@@ -25,7 +25,7 @@ from odirect.aio_opening import Opening
 from odirect.aio_raw_file import InFlight, LoopFile
 from odirect.aio_volume import Volume, open_volume
 from odirect.aio_volume_file import FileInVolume
-from odirect.base.errors import ClosedError, ODirectError
+from odirect.base.errors import AlignmentError, AtomicLimitError, ClosedError, ODirectError
 from odirect.block.bio import ATOMIC, DISCARD, FUA, READ, WRITE, ZERO, Bio
 from odirect.block.buffers import BufferPool
 from odirect.block.cached_file import CachedFileDevice
@@ -33,12 +33,12 @@ from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes
 from odirect.block.limits import file_limits
 from odirect.block.queue import RingQueue
+from odirect.dio.bounce import DIRECT_READ, Moved
 from odirect.dio.here import POOL_CHUNK_BYTES, POOL_CHUNKS
-from odirect.dio.opening import Opened, Path, open_file
-from odirect.dio.plainfile import PlainFile
+from odirect.dio.opening import Opened, Path, open_file, plain_file
 from odirect.dio.requests import Requests
-from odirect.files import Access, change_space, expected_outcome, request_flags, truncate_file
-from odirect.raw_file import Buffer
+from odirect.files import Access, change_space, check_atomic, expected_outcome, request_flags, truncate_file
+from odirect.raw_file import Buffer, past_end
 from odirect.ring.choose import open_ring
 from odirect.sched.drive_asyncio import AsyncioDriver
 from odirect.sched.scheduler import Scheduler
@@ -147,15 +147,15 @@ class File(LoopFile):
         self.mode = opened.mode.shown
         self.name = cast(str, opened.state.path)
         self._mode = opened.mode
-        self._in_flight = InFlight(self, self.name)
+        self._in_flight = InFlight(self, self.name, size=lambda: file_bytes(opened.cached_fd))
         self._pump = pump = _pump_of(loop)
         pump.files += 1
         self._device = None
         if opened.direct_fd >= 0:
             self._device = FileDevice(pump.queue, opened.direct_fd, self._state.limits)
         self._cached = _LoopCachedDevice(opened.cached_fd, pump.driver)
-        self._plain = PlainFile(
-            self._state,
+        self._plain = plain_file(
+            opened,
             self._device,
             self._cached,
             pump.pool,
@@ -172,13 +172,17 @@ class File(LoopFile):
             (expected_outcome(self._state, READ, flags), expected_outcome(self._state, WRITE, flags)),
             self._in_flight.done,
         )
-        self._may = [opened.mode.readable, opened.mode.writable]
+        self._sized = not opened.generated
+        self._may = [opened.mode.readable, opened.mode.writable and self._promises_atomic()]
         self.closed = False
 
     def fileno(self) -> int:
-        """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
+        """A descriptor of the same file without O_DIRECT, for `os.fstat`, `fcntl`, `mmap` and the like.
+
+        What is read and written there goes through the page cache, is no request of this file and has no outcome.
+        """
         self._check_open()
-        return self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+        return self._opened.cached_fd
 
     @property
     def size(self) -> int:
@@ -256,6 +260,7 @@ class File(LoopFile):
     def _start(self, op: int, offset: int, buffer: Buffer) -> asyncio.Future[int]:
         if not self._may[op]:
             self._check_usable(op)
+            check_atomic(self._opened, self._flags)
         future: asyncio.Future[int] = self._loop.create_future()
         requests = self._requests
         requests.start(op, offset, buffer, future)
@@ -265,8 +270,14 @@ class File(LoopFile):
     async def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
         length = sum(map(len, segments))
         if op == READ:
-            moved = await self._run(self._plain.read(offset, segments, length, self._flags & ~(FUA | ATOMIC)))
+            try:
+                moved = await self._run(self._plain.read(offset, segments, length, self._flags & ~(FUA | ATOMIC)))
+            except AlignmentError as error:
+                if not past_end(error, op, offset, lambda: file_bytes(self._opened.cached_fd)):
+                    raise
+                moved = Moved(0, DIRECT_READ)
         else:
+            check_atomic(self._opened, self._flags)
             moved = await self._run(self._plain.write(offset, segments, length, self._flags))
         self._in_flight.tallies.add(moved.outcome, moved.transferred)
         return moved.transferred
@@ -301,7 +312,16 @@ class File(LoopFile):
             self._in_flight.busy.down()
 
     def _ask_again(self) -> Limits:
-        return file_limits(self.fileno(), path=self.name, writable=self._opened.mode.writable)[0]
+        fd = self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+        return file_limits(fd, path=self.name, writable=self._opened.mode.writable)[0]
+
+    def _promises_atomic(self) -> bool:
+        """Whether a write can do as this file demands: False if it is to be atomic, and none can be."""
+        try:
+            check_atomic(self._opened, self._flags)
+        except AtomicLimitError:
+            return False
+        return True
 
     def _check_open(self) -> None:
         if self.closed:

@@ -9,17 +9,19 @@ import abc
 import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, Self
 
 from odirect.aio_runner import settle
 from odirect.base.errors import ODirectError
 from odirect.base.units import checked_offset
 from odirect.block.bio import READ, WRITE
 from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.device import Limits
+from odirect.dio.bounce import DIRECT_READ
 from odirect.dio.opening import OpenMode
 from odirect.dio.outcome import Outcome, Tallies, Tally
 from odirect.dio.requests import Request
-from odirect.raw_file import Buffer
+from odirect.raw_file import GENERATED_BYTES, Buffer, past_end, room
 from odirect.sched.locks import Count
 from odirect.sched.traps import Event, shielded
 from odirect.volume_runner import named
@@ -38,15 +40,22 @@ class InFlight:
     """What was begun on one open file and has not ended, and how those who await it are told.
 
     owner: kept as long as a request is in flight. name: what errors name. seen: what becomes of an outcome; None if
-    nothing does. `requests` is set by whoever makes it, to what gives its requests to `done`, with their futures
-    as tags.
+    nothing does. size: the file's, where a misaligned read past its end would be told as an error. `requests` is set
+    by whoever makes it, to what gives its requests to `done`, with their futures as tags.
     """
 
-    def __init__(self, owner: object, name: str | bytes, seen: Callable[[int, Outcome], Outcome] | None = None) -> None:
+    def __init__(
+        self,
+        owner: object,
+        name: str | bytes,
+        seen: Callable[[int, Outcome], Outcome] | None = None,
+        size: Callable[[], int] | None = None,
+    ) -> None:
         self.tallies = Tallies()
         #: Calls under way that are no requests.
         self.busy = Count()
         self.requests: Pending | None = None
+        self._size = size
         self._owner = owner
         self._name = name
         self._seen = seen
@@ -54,7 +63,7 @@ class InFlight:
 
     def done(self, request: Request) -> None:
         """Count a request, and tell its caller if he is still there. Runs in the dispatch, or in a task."""
-        future = cast("asyncio.Future[int]", request.tag)
+        future: asyncio.Future[int] = request.tag  # type: ignore[assignment]
         outcome = request.outcome
         if outcome is not None:
             if self._seen is not None:
@@ -67,8 +76,12 @@ class InFlight:
                     pass  # The loop is closed.
         else:
             error = request.exception
+            if self._size is not None and past_end(error, request.op, request.offset, self._size):
+                request.exception, request.outcome = None, DIRECT_READ
+                self.done(request)
+                return
             settle(future, named(error, self._name) if isinstance(error, ODirectError) else error)
-        if self._idle is not None and not cast(Pending, self.requests).pending:
+        if self._idle is not None and self.requests is not None and not self.requests.pending:
             self._idle.fire()
 
     async def end(self) -> None:
@@ -83,13 +96,21 @@ class LoopFile(abc.ABC):
     """An open file of one event loop. Every transfer names its offset."""
 
     name: str | bytes
+    access: str
     _mode: OpenMode
     _in_flight: InFlight
+    # Whether the file's size says how much can be read.
+    _sized = True
 
     @property
     @abc.abstractmethod
     def size(self) -> int:
         """The present size in bytes."""
+
+    @property
+    @abc.abstractmethod
+    def limits(self) -> Limits:
+        """What a direct request must be aligned to."""
 
     @property
     def last_outcome(self) -> Outcome | None:
@@ -115,8 +136,22 @@ class LoopFile(abc.ABC):
             raise ValueError(f"cannot read {length} bytes")
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
-        buffer = empty(max(0, min(length, self.size - offset)))
+        if not self._sized:
+            return await self._pread_generated(length, offset)
+        buffer = empty(room(self, length, offset))
         return bytes(buffer[: await self._start(READ, offset, buffer)])
+
+    async def _pread_generated(self, length: int, offset: int) -> bytes:
+        """`pread` of a file whose size says nothing: until it gives no more."""
+        data = bytearray()
+        buffer = empty(min(length, GENERATED_BYTES))
+        while len(data) < length:
+            part = buffer[: length - len(data)]
+            count = await self._start(READ, offset + len(data), part)
+            data += part[:count]
+            if count < len(part):
+                break
+        return bytes(data)
 
     def pwrite(self, buffer: Buffer, offset: int) -> asyncio.Future[int]:
         """Write `buffer` at byte `offset`; await it for the number of bytes, as of the synchronous file's `pwrite`.

@@ -21,15 +21,17 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, AnyStr, Generic, TypeVar, overload
 
 from odirect import volume_tasks as tasks
 from odirect.aio_opening import Opening
 from odirect.aio_runner import LoopRunner
+from odirect.aio_volume_copy import Copying
 from odirect.aio_volume_file import FileInVolume, OpenFile
 from odirect.base.errors import (
+    ClosedError,
     MissingError,
     ODirectError,
     PathError,
@@ -42,16 +44,22 @@ from odirect.fs import tree
 from odirect.fs.base import Access, Attributes, FileKind, FileSystem, Finding, VolumeFile
 from odirect.fs.paths import path_bytes, resolve
 from odirect.fs.tree import ROOT, Owner
+from odirect.volume_bulk import find_files, path_below, read_window, windows
+from odirect.volume_copy import Progress, TreeReport
+from odirect.volume_copy_in import copy_in
+from odirect.volume_copy_out import copy_out
 from odirect.volume_entries import stat_result, statvfs_result
 from odirect.volume_facts import VolumeFacts, device_number
+from odirect.volume_names import InVolume, VolumeNames
 from odirect.volume_opening import SMALLEST_BLOCK_BYTES, Image, LockedImage, lock_image, mount
+from odirect.volume_pure_path import PureVolumePath
 from odirect.volume_runner import named
 
 __all__ = ["Entry", "Volume", "open_volume"]
 
 T = TypeVar("T")
 
-AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes] | InVolume
 
 
 def open_volume(
@@ -210,14 +218,38 @@ class _OpenVolume:
         self.runner = runner
         self.image = image
         self.files: set[OpenFile] = set()
+        #: Copies that have not ended; closing begins when they have.
+        self.copies: set[Copying] = set()
+        #: Done when closing has begun, if it waits for copies.
+        self.waiting: asyncio.Future[None] | None = None
         #: Whether nothing is left of it.
         self.released = False
         _open.add(self)
 
     def begin_closing(self) -> None:
         """Begin what `Volume.close` does, in the loop's thread."""
-        if self.runner.closed or self.released:
+        if self.runner.closed or self.released or self.waiting is not None:
             return
+        if self.copies:
+            self.waiting = self.runner.loop.create_future()
+        else:
+            self._begin_closing()
+
+    def add_copy(self, copying: Copying) -> None:
+        """Have closing wait for a copy."""
+        self.copies.add(copying)
+
+        def ended(future: asyncio.Future[TreeReport]) -> None:
+            _nobody_asks(future)
+            self.copies.discard(copying)
+            if self.waiting is not None and not self.copies and not self.waiting.done():
+                if not self.runner.closed:
+                    self._begin_closing()
+                self.waiting.set_result(None)
+
+        copying.ended.add_done_callback(ended)
+
+    def _begin_closing(self) -> None:
         for file in self.files:
             file.closed = True
         self.runner.end(self._shut_down(), self.file_system.name).add_done_callback(self._ended)
@@ -286,7 +318,8 @@ class _OpenVolume:
 class Volume(VolumeFacts):
     """An open volume of one event loop: its files and directories by paths from its root. Made by `open_volume`.
 
-    A path is str, bytes or a PathLike; what is given back is of its type. Nobody's permissions are checked.
+    A path is str, bytes, a PathLike or `volume / "name"`; what is given back is of its type. Nobody's permissions
+    are checked.
     """
 
     def __init__(
@@ -309,10 +342,18 @@ class Volume(VolumeFacts):
     @property
     def closed(self) -> bool:
         """Whether it has been closed, or is being closed."""
-        return self.runner.closed or self._open.released
+        return self.runner.closed or self._open.released or self._open.waiting is not None
 
     def __repr__(self) -> str:
         return self._shown("odirect.aio.Volume")
+
+    def __truediv__(self, segment: AnyPath) -> PureVolumePath:
+        return PureVolumePath(self, segment)
+
+    @property
+    def root(self) -> PureVolumePath:
+        """The root directory as a path: it names, and the volume's methods take it; it asks nothing itself."""
+        return PureVolumePath(self)
 
     # As a whole.
 
@@ -329,6 +370,72 @@ class Volume(VolumeFacts):
         """What is wrong with it, found by a walk that only reads."""
         return await self._run(self.file_system.check(), self.name)
 
+    async def read_files(self, top: AnyPath = "/") -> AsyncIterator[tuple[Any, bytes]]:
+        """(path, content) of every regular file below the directory `top`, or of the file that `top` is.
+
+        As `odirect.Volume.read_files`: many at a time, the next ones being read while some are handed out.
+        """
+        encoded, shown = self._path(top)
+        files = await self._run(find_files(self.file_system, encoded), shown)
+        portions = windows(files, lambda file: file[1].size)
+
+        def begin() -> tuple[Sequence[tuple[bytes, Attributes]], asyncio.Future[list[bytes]]] | None:
+            window = next(portions, None)
+            if window is None:
+                return None
+            reading = self.runner.start(read_window(self.file_system, [found for _, found in window]), shown)
+            reading.add_done_callback(_nobody_asks)
+            return window, reading
+
+        ahead = begin()
+        while ahead is not None:
+            window, reading = ahead
+            contents = await reading
+            ahead = begin()
+            for (below, _), content in zip(window, contents, strict=True):
+                yield path_below(shown, below), content
+
+    async def copy_in(
+        self,
+        source: Path,
+        target: AnyPath,
+        *,
+        recursive: bool = True,
+        attributes: bool = True,
+        progress: Progress | None = None,
+    ) -> TreeReport:
+        """A report of copying `source`, a file or directory of the host, to `target` in the volume.
+
+        As `odirect.Volume.copy_in`; the host's side is done in a thread. progress: called in the loop's thread. A
+        caller who is cancelled ends the copy at its next chunk; it cleans up, and `close` waits for that.
+        """
+        _, inside = self._path(target)
+
+        def copy(volume: VolumeNames, tell: Progress) -> TreeReport:
+            return copy_in(volume, source, inside, recursive=recursive, attributes=attributes, progress=tell)
+
+        return await self._copy(copy, progress)
+
+    async def copy_out(
+        self,
+        source: AnyPath,
+        target: Path,
+        *,
+        recursive: bool = True,
+        attributes: bool = True,
+        progress: Progress | None = None,
+    ) -> TreeReport:
+        """A report of copying `source`, a file or directory of the volume, to `target` on the host.
+
+        As `odirect.Volume.copy_out`, and otherwise as `copy_in`.
+        """
+        _, inside = self._path(source)
+
+        def copy(volume: VolumeNames, tell: Progress) -> TreeReport:
+            return copy_out(volume, inside, target, recursive=recursive, attributes=attributes, progress=tell)
+
+        return await self._copy(copy, progress)
+
     # Files.
 
     def open(
@@ -340,6 +447,7 @@ class Volume(VolumeFacts):
         dsync: bool = False,
         nowait: bool = False,
         hipri: bool = False,
+        atomic: bool = False,
         permissions: int = 0o644,
     ) -> Opening[FileInVolume]:
         """The regular file at `path`, when awaited or entered with `async with`.
@@ -348,8 +456,10 @@ class Volume(VolumeFacts):
         that makes a file and cuts nothing.
         """
         opening = parse_mode(mode)
-        encoded, shown = _path(path)
-        flags = tasks.transfer_flags(opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri)
+        encoded, shown = self._path(path)
+        flags = tasks.transfer_flags(
+            opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri, atomic=atomic
+        )
         seen = self._image.seen if self._image is not None and self._reasons else None
 
         async def make() -> FileInVolume:
@@ -368,12 +478,12 @@ class Volume(VolumeFacts):
 
     async def read_bytes(self, path: AnyPath) -> bytes:
         """All bytes of the file at `path`."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         return await self._run(tasks.read_bytes(self.file_system, encoded), shown)
 
     async def write_bytes(self, path: AnyPath, data: object, *, permissions: int = 0o644) -> int:
         """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         view = as_bytes_view(data, writable=False)
         write = tasks.write_bytes(self.file_system, encoded, view, permissions=permissions, owner=self.owner)
         return await self._run(write, shown)
@@ -395,7 +505,7 @@ class Volume(VolumeFacts):
 
     async def attributes(self, path: AnyPath, *, follow_symlinks: bool = True) -> Attributes:
         """What is at `path`, as the file system says it."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         return await self._run(resolve(self.file_system, encoded, follow=follow_symlinks), shown)
 
     async def exists(self, path: AnyPath, *, follow_symlinks: bool = True) -> bool:
@@ -417,10 +527,10 @@ class Volume(VolumeFacts):
     @overload
     async def scandir(self, path: bytes | os.PathLike[bytes]) -> list[Entry[bytes]]: ...
     @overload
-    async def scandir(self, path: str | os.PathLike[str] = "/") -> list[Entry[str]]: ...
+    async def scandir(self, path: str | os.PathLike[str] | InVolume = "/") -> list[Entry[str]]: ...
     async def scandir(self, path: AnyPath = "/") -> list[Entry[bytes]] | list[Entry[str]]:
         """The entries of the directory at `path`, but "." and "..", as it is now."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         found = await self._run(tree.list_directory(self.file_system, encoded), shown)
         if isinstance(shown, bytes):
             return [Entry(self, name, os.path.join(shown, name), number, kind) for name, number, kind in found]
@@ -430,10 +540,10 @@ class Volume(VolumeFacts):
     @overload
     async def listdir(self, path: bytes | os.PathLike[bytes]) -> list[bytes]: ...
     @overload
-    async def listdir(self, path: str | os.PathLike[str] = "/") -> list[str]: ...
+    async def listdir(self, path: str | os.PathLike[str] | InVolume = "/") -> list[str]: ...
     async def listdir(self, path: AnyPath = "/") -> list[str] | list[bytes]:
         """The names in the directory at `path`."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         found = await self._run(tree.list_directory(self.file_system, encoded), shown)
         if isinstance(shown, bytes):
             return [entry.name for entry in found]
@@ -452,7 +562,7 @@ class Volume(VolumeFacts):
         topdown: a directory before what is in it; then what is taken out of its list of directories is not
         gone into. onerror: called with the error of a directory that cannot be listed; else it is left out.
         """
-        stack: list[Any] = [_path(top)[1]]
+        stack: list[Any] = [self._path(top)[1]]
         while stack:
             place = stack.pop()
             if isinstance(place, tuple):
@@ -473,23 +583,23 @@ class Volume(VolumeFacts):
     @overload
     async def readlink(self, path: bytes | os.PathLike[bytes]) -> bytes: ...
     @overload
-    async def readlink(self, path: str | os.PathLike[str]) -> str: ...
+    async def readlink(self, path: str | os.PathLike[str] | InVolume) -> str: ...
     async def readlink(self, path: AnyPath) -> str | bytes:
         """Where the symbolic link at `path` leads."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         target = await self._run(tree.read_link(self.file_system, encoded), shown)
         return target if isinstance(shown, bytes) else os.fsdecode(target)
 
     async def xattrs(self, path: AnyPath, *, follow_symlinks: bool = True) -> dict[bytes, bytes]:
         """The extended attributes of what is at `path`, by their full names (b"user.comment")."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         return await self._run(tasks.xattrs(self.file_system, encoded, follow=follow_symlinks), shown)
 
     # Making.
 
     async def mkdir(self, path: AnyPath, mode: int = 0o755, *, parents: bool = False, exist_ok: bool = False) -> None:
         """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         make = tasks.make_directory(
             self.file_system, encoded, mode, owner=self.owner, parents=parents, exist_ok=exist_ok
         )
@@ -501,53 +611,53 @@ class Volume(VolumeFacts):
 
     async def mknod(self, path: AnyPath, mode: int = tasks.NEW_NODE, device: int = 0) -> None:
         """Make an empty file, fifo, socket or device; mode: its type (a file, if none is said) and permissions."""
-        await self._make(path, tasks.node_mode(mode, os.fspath(path)), device_number=device)
+        await self._make(path, tasks.node_mode(mode, self._path(path)[1]), device_number=device)
 
     async def symlink(self, target: AnyPath, path: AnyPath) -> None:
         """Make `path` a symbolic link to `target`, which need not be there, and is kept as it is given."""
-        await self._make(path, stat.S_IFLNK | 0o777, target=path_bytes(target))
+        await self._make(path, stat.S_IFLNK | 0o777, target=self._path(target)[0])
 
     async def link(self, source: AnyPath, path: AnyPath, *, follow_symlinks: bool = False) -> None:
         """Give what is at `source` the name `path` too (a hard link)."""
-        old, new = path_bytes(source), path_bytes(path)
-        await self._run_both(tree.link(self.file_system, old, new, follow=follow_symlinks), source, path)
+        await self._run_both(
+            source, path, lambda old, new: tree.link(self.file_system, old, new, follow=follow_symlinks)
+        )
 
     # Moving and removing.
 
     async def rename(self, source: AnyPath, path: AnyPath) -> None:
         """Move `source` to `path`, over what is there, as rename(2) does."""
-        old, new = path_bytes(source), path_bytes(path)
-        await self._run_both(tree.rename(self.file_system, old, new), source, path)
+        await self._run_both(source, path, lambda old, new: tree.rename(self.file_system, old, new))
 
     replace = rename
 
     async def remove(self, path: AnyPath) -> None:
         """Remove a name of what is no directory."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         await self._run(tree.unlink(self.file_system, encoded), shown)
 
     unlink = remove
 
     async def rmdir(self, path: AnyPath) -> None:
         """Remove an empty directory."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         await self._run(tree.remove_directory(self.file_system, encoded), shown)
 
     async def rmtree(self, path: AnyPath) -> None:
         """Remove a directory and everything in it; symbolic links are removed, not followed."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         await self._run(tree.remove_tree(self.file_system, encoded), shown)
 
     # Changing.
 
     async def chmod(self, path: AnyPath, mode: int, *, follow_symlinks: bool = True) -> None:
         """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         await self._run(tasks.change_mode(self.file_system, encoded, mode, follow=follow_symlinks), shown)
 
     async def chown(self, path: AnyPath, uid: int, gid: int, *, follow_symlinks: bool = True) -> None:
         """Set the owner and group of what is at `path`; -1 leaves one as it is."""
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         change = tasks.change_owner(self.file_system, encoded, uid, gid, follow=follow_symlinks)
         await self._run(change, shown)
 
@@ -561,7 +671,7 @@ class Volume(VolumeFacts):
     ) -> None:
         """Set the times of access and change, in seconds or nanoseconds; without either, to now."""
         chosen_ns = tasks.chosen_times(times, ns)
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         change = tasks.change_times(self.file_system, encoded, chosen_ns, follow=follow_symlinks)
         await self._run(change, shown)
 
@@ -589,6 +699,8 @@ class Volume(VolumeFacts):
             return
         self.runner.check_loop()
         open_volume.begin_closing()
+        if open_volume.waiting is not None:
+            await asyncio.shield(open_volume.waiting)
         if self.runner.ended is not None:
             await asyncio.shield(self.runner.ended)
 
@@ -614,30 +726,52 @@ class Volume(VolumeFacts):
 
     # How.
 
+    async def _copy(self, copy: Callable[[VolumeNames, Progress], TreeReport], progress: Progress | None) -> TreeReport:
+        if self.closed:
+            raise ClosedError("the volume is closed", path=self.name)
+        copying = Copying(self.file_system, self.runner, self.owner, progress, copy)
+        self._open.add_copy(copying)
+        try:
+            return await asyncio.shield(copying.ended)
+        except asyncio.CancelledError:
+            copying.stop()
+            raise
+
     async def _run(self, coroutine: Coroutine[Any, Any, T], shown: object) -> T:
         """What `coroutine` returns; its errors name `shown`. It goes on when the caller is cancelled."""
         return await self.runner.start(coroutine, shown)
 
-    async def _run_both(self, coroutine: Coroutine[Any, Any, None], source: AnyPath, path: AnyPath) -> None:
+    def _path(self, path: AnyPath) -> tuple[bytes, str | bytes]:
+        """A path as the file system has it, and as messages show it: as it was given."""
+        if isinstance(path, InVolume):
+            if path.volume is not self:
+                raise ValueError(f"{path} belongs to another volume")
+            path = path.path
+        return path_bytes(path), os.fspath(path)
+
+    async def _run_both(
+        self, source: AnyPath, path: AnyPath, call: Callable[[bytes, bytes], Coroutine[Any, Any, None]]
+    ) -> None:
+        (old, old_shown), (new, new_shown) = self._path(source), self._path(path)
         try:
-            await self._run(coroutine, os.fspath(source))
+            await self._run(call(old, new), old_shown)
         except ODirectError as error:
-            error.filename2 = os.fspath(path)
+            error.filename2 = new_shown
             raise
 
     async def _make(self, path: AnyPath, mode: int, *, device_number: int = 0, target: bytes = b"") -> None:
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         make = tree.make(self.file_system, encoded, mode, owner=self.owner, device_number=device_number, target=target)
         await self._run(make, shown)
 
     async def _change_xattr(self, path: AnyPath, name: str | bytes, value: bytes | None, follow: bool) -> None:
-        encoded, shown = _path(path)
+        encoded, shown = self._path(path)
         await self._run(tasks.change_xattr(self.file_system, encoded, name, value, follow=follow), shown)
 
     async def _kind(self, path: AnyPath, follow: bool) -> FileKind | None:
         """What is at `path`, None if nothing is: also for links in a ring, and for what cannot be a path."""
         try:
-            encoded, shown = _path(path)
+            encoded, shown = self._path(path)
         except ValueError:
             return None
         found = await self._run(tasks.found_at(self.file_system, encoded, follow=follow), shown)
@@ -669,11 +803,6 @@ class Volume(VolumeFacts):
             return found
         directories, others, links = (map(os.fsdecode, names) for names in found)
         return list(directories), list(others), set(links)
-
-
-def _path(path: AnyPath) -> tuple[bytes, str | bytes]:
-    """A path as the file system has it, and as messages show it: as it was given."""
-    return path_bytes(path), os.fspath(path)
 
 
 def _nobody_asks(ended: asyncio.Future[Any]) -> None:

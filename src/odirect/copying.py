@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from odirect.base.errors import (
     DirectoryError,
     InUseError,
+    MissingError,
     NoSpaceError,
     NotDirectError,
     NotDirectoryError,
@@ -38,10 +39,11 @@ from odirect.block.file_device import FileDevice, file_bytes
 from odirect.block.in_use import check_unused
 from odirect.block.limits import file_limits
 from odirect.block.queue import RingQueue
+from odirect.dio.bounce import Moved
 from odirect.dio.copying import Chunk, Digests, Mover, chunks_of, settled, shrank
-from odirect.dio.opening import Opened, Path, open_file
-from odirect.dio.outcome import Outcome, Tally
-from odirect.dio.plainfile import PlainFile
+from odirect.dio.opening import Opened, Path, open_file, plain_file
+from odirect.dio.outcome import Kind, Outcome, Tally
+from odirect.dio.plainfile import NO_END, PlainFile
 from odirect.ring._calls import fallocate
 from odirect.ring.choose import open_ring
 from odirect.sched.clock import Clock
@@ -58,6 +60,8 @@ Progress = Callable[[int, int], None]
 #: that is read and written at once wants some tens of MiB in flight.
 CHUNK_BYTES = 4 << 20
 DEPTH = 16
+#: More chunks than this are not under way at once: each has a buffer of its own.
+MOST_DEPTH = 1024
 
 # Threads for a file whose direct I/O is refused at open: each does one request through the page cache.
 _CACHE_WORKERS = 4
@@ -68,6 +72,8 @@ _GROWTH_BYTES = 64 << 20
 # One fallocate of more would keep a signal waiting.
 _MOST_ALLOCATED = 16 << 30
 _LONGEST_NAME = 255
+# What one read of a stream asks for: the kernel makes some files (/proc/sys) in memory, and refuses 4 MiB of it.
+_MOST_READ = 1 << 20
 # Network file systems call their transfer size a block.
 _LARGEST_BLOCK = 1 << 16
 
@@ -117,11 +123,14 @@ def copy(
     one. Without it every byte is written.
     progress: called with (bytes done, bytes in all) after each chunk; holes count, and verifying
     counts as much again. What it raises ends the copy.
-    chunk_bytes, depth: how much one request moves, and how many chunks are under way; more memory
-    than their product is not used.
+    chunk_bytes, depth: how much one request moves, and how many chunks are under way (1024 at most); more
+    memory than their product is not used.
     overwrite_in_use: write to a device that is mounted or in use, or over an image file that is.
     access: "strict" raises NotDirectError instead of going through the page cache; parts of blocks at
     the end of a file, which have no other way, excepted.
+
+    A source whose size says nothing, because its bytes are made while it is read (in /proc, /sys), is read to its
+    end through the page cache; `progress` is told 0 for the whole.
 
     A symbolic link as target is followed. A target that exists keeps its mode, a new one gets the
     source's, less the umask. If anything fails or interrupts it, the target is as it was, and no
@@ -131,7 +140,7 @@ def copy(
     written wherever that can be known, VerifyError with the first byte that differs, PathError if both
     are the same file, and the errors of opening, reading and writing.
     """
-    line_depth, strict = _checked(chunk_bytes, depth, access)
+    line_depth, strict = _checked(chunk_bytes, depth, access, clock)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         reading = open_file(source, "r", strict=strict)
         stack.callback(reading.close)
@@ -141,6 +150,10 @@ def copy(
         size = file_bytes(reading.cached_fd)
         mode = 0o666 if reading.state.is_block else stat.S_IMODE(os.fstat(reading.cached_fd).st_mode)
         writing = _Target(found, mode & 0o777, strict=strict, overwrite_in_use=overwrite_in_use)
+        if reading.generated:
+            stream = _Stream(reading.cached_fd, reading.state.path, Outcome(Kind.BUFFERED, reading.state.refused[READ]))
+            options = _Options(verify, durable, strict, progress, chunk_bytes, line_depth, clock)
+            return _copy_stream(stream, writing, options, stack, interrupts)
         stack.push(writing)  # before it is opened: an interrupt may come right after that
         writing.open()
         to_device = writing.opened.state.is_block
@@ -191,28 +204,12 @@ def copy_in(
     As `copy`, but the size is known only at the end: `progress` is told 0 for the whole, and what
     verifying finds is named by its chunk alone. Reading the stream blocks.
     """
-    line_depth, strict = _checked(chunk_bytes, depth, access)
+    line_depth, strict = _checked(chunk_bytes, depth, access, clock)
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         found = _find_target(target, None)
         writing = _Target(found, 0o666, strict=strict, overwrite_in_use=overwrite_in_use)
-        stack.push(writing)
-        writing.open()
-        line = stack.enter_context(_Line(None, writing.opened, chunk_bytes, line_depth, clock))
-        done = _Done(progress, 0, interrupts)
-        mover = Mover(line.pool, depth=line.depth, strict=strict, on_bytes=done.add)
-        digests = Digests() if verify else None
-        to_file = line.file(writing.opened)
-        size = line.run(_take_in(stream_fd, line, mover, to_file, writing, digests, interrupts))
-        writing.cut(size)
-        if durable:
-            line.run(to_file.sync())
-        if digests is not None:
-            writing.forget_pages()
-            whole = chunks_of([Chunk(0, size)], line.chunk_bytes)
-            line.run(mover.check(None, to_file, whole, digests, is_hole=writing.has_hole))
-        interrupts.check()
-        writing.commit(durable)
-        return line.report(writing, mover, verified=verify, durable=durable)
+        options = _Options(verify, durable, strict, progress, chunk_bytes, line_depth, clock)
+        return _copy_stream(_Stream(stream_fd, "-", None), writing, options, stack, interrupts)
 
 
 def copy_out(
@@ -232,32 +229,41 @@ def copy_out(
     Several chunks are read ahead while the stream takes one. What lies past the end is left out.
     Raises PathError (EPIPE) if nobody reads the stream any more, and the errors of opening and reading.
     """
-    line_depth, strict = _checked(chunk_bytes, depth, access)
+    line_depth, strict = _checked(chunk_bytes, depth, access, clock)
     if offset < 0 or (length is not None and length < 0):
         raise ValueError("the offset and the length cannot be negative")
     with Interrupts() as interrupts, contextlib.ExitStack() as stack:
         reading = open_file(source, "r", strict=strict)
         stack.callback(reading.close)
         _refuse_cached(reading, READ, strict)
-        size = file_bytes(reading.cached_fd)
+        size = NO_END if reading.generated else file_bytes(reading.cached_fd)
         end = size if length is None else min(size, offset + length)
         line = stack.enter_context(_Line(reading, None, chunk_bytes, line_depth, clock))
         total = max(0, end - offset)
-        done = _Done(progress, total, interrupts)
+        done = _Done(progress, 0 if reading.generated else total, interrupts)
         mover = Mover(line.pool, depth=line.depth, strict=strict, on_bytes=done.add)
+        from_file = line.file(reading)
         wanted = chunks_of([Chunk(offset, total)], line.chunk_bytes)
-        line.run(_give_out(line, mover, line.file(reading), wanted, stream_fd, interrupts))
+        if reading.generated:
+            line.run(_give_generated(mover, from_file, wanted, stream_fd, interrupts))
+        else:
+            line.run(_give_out(line, mover, from_file, wanted, stream_fd, interrupts))
         return CopyReport("-", mover.copied, 0, line.seconds, mover.reads.totals(), mover.writes.totals(), False, False)
 
 
 # --- checks before anything is touched -----------------------------------------------------------
 
 
-def _checked(chunk_bytes: int, depth: int, access: str) -> tuple[int, bool]:
+def _checked(chunk_bytes: int, depth: int, access: str, clock: object) -> tuple[int, bool]:
+    """The depth, and whether the access is "strict". Raises ValueError and TypeError for what cannot be."""
     if access not in ("auto", "strict"):
         raise ValueError(f"access {access!r}: use 'auto' or 'strict'")
     if chunk_bytes < 1 or depth < 1:
         raise ValueError(f"chunks of {chunk_bytes} bytes, {depth} at once: both must be at least 1")
+    if depth > MOST_DEPTH:
+        raise ValueError(f"{depth} chunks at once: there can be {MOST_DEPTH} at most")
+    if clock is not None and not callable(getattr(clock, "now_ns", None)):
+        raise TypeError(f"a clock has now_ns(); {type(clock).__name__} has not")
     return depth, access == "strict"
 
 
@@ -433,6 +439,10 @@ class _Target:
         self.forget_pages()
         if self._temporary is None:
             return
+        if not self._overwrite_in_use:
+            # Once more: a large copy takes its time, and somebody may have opened a volume in the target meanwhile.
+            with contextlib.suppress(MissingError):
+                check_unused(self.path, what="replace")
         try:
             self._like_replaced()
             os.rename(self._temporary, self.path)
@@ -615,8 +625,8 @@ class _Line:
         # and until then the space of a copy that failed and was removed would not be free.
         direct = None if refused else FileDevice(self._queue, opened.direct_fd, opened.state.limits, register=False)
         fd = opened.cached_fd if refused else opened.direct_fd
-        return PlainFile(
-            opened.state,
+        return plain_file(
+            opened,
             direct,
             cached,
             self._edges,
@@ -649,8 +659,52 @@ class _Line:
 # --- streams -------------------------------------------------------------------------------------
 
 
+class _Stream(NamedTuple):
+    """What is read from where it stands to its end. path: for errors. outcome: of its reads, if they count."""
+
+    fd: int
+    path: object
+    outcome: Outcome | None
+
+
+class _Options(NamedTuple):
+    """What a copy was asked for; see `copy`."""
+
+    verify: bool
+    durable: bool
+    strict: bool
+    progress: Progress | None
+    chunk_bytes: int
+    depth: int
+    clock: Clock | None
+
+
+def _copy_stream(
+    stream: _Stream, writing: _Target, options: _Options, stack: contextlib.ExitStack, interrupts: Interrupts
+) -> CopyReport:
+    """A report of writing all that the stream gives to the target, which is left with `stack`."""
+    stack.push(writing)  # before it is opened: an interrupt may come right after that
+    writing.open()
+    line = stack.enter_context(_Line(None, writing.opened, options.chunk_bytes, options.depth, options.clock))
+    done = _Done(options.progress, 0, interrupts)
+    mover = Mover(line.pool, depth=line.depth, strict=options.strict, on_bytes=done.add)
+    digests = Digests() if options.verify else None
+    to_file = line.file(writing.opened)
+    size = line.run(_take_in(stream, line, mover, to_file, writing, digests, interrupts))
+    writing.cut(size)
+    if options.durable:
+        line.run(to_file.sync())
+    if digests is not None:
+        writing.forget_pages()
+        whole = chunks_of([Chunk(0, size)], line.chunk_bytes)
+        line.run(mover.check(None, to_file, whole, digests, is_hole=writing.has_hole))
+    interrupts.check()
+    writing.commit(options.durable)
+    return line.report(writing, mover, verified=options.verify, durable=options.durable)
+
+
 async def _take_in(
-    stream_fd: int,
+    stream: _Stream,
     line: _Line,
     mover: Mover,
     to_file: PlainFile,
@@ -683,7 +737,9 @@ async def _take_in(
                 for task in [task for task in tasks if task.done]:
                     tasks.remove(task)
                     task.result()
-                length = read_full(stream_fd, lease.view, interrupts)
+                length = read_full(stream.fd, lease.view, interrupts, path=stream.path)
+                if length and stream.outcome is not None:
+                    mover.reads.add(Moved(length, stream.outcome))
                 if length == line.chunk_bytes:
                     writing.grow_to(offset + length)
                 elif length and offset + length > file_bytes(writing.opened.cached_fd):
@@ -746,6 +802,21 @@ async def _give_out(
         raise
 
 
+async def _give_generated(
+    mover: Mover, from_file: PlainFile, chunks: Iterator[Chunk], stream_fd: int, interrupts: Interrupts
+) -> None:
+    """Write the chunks to the stream in order, up to the one that gives less: there the file ends."""
+    for chunk in chunks:
+        with await mover.pool.take() as lease:
+            moved = await from_file.read(chunk.offset, [lease.view[: chunk.length]], chunk.length)
+            mover.reads.add(moved)
+            interrupts.allowed(functools.partial(_write_full, stream_fd, lease.view[: moved.transferred]))
+        mover.copied += moved.transferred
+        mover.done(moved.transferred)
+        if moved.transferred < chunk.length:
+            return
+
+
 async def _wait_for(tasks: Iterable[Task[Any]]) -> None:
     """Wait until all have ended, well or not: their memory is the device's until then (F24)."""
     for task in tasks:
@@ -754,17 +825,17 @@ async def _wait_for(tasks: Iterable[Task[Any]]) -> None:
                 await wait(task.ended)
 
 
-def read_full(fd: int, view: memoryview, interrupts: Interrupts) -> int:
-    """Fill `view` from a stream; how many bytes there were until its end."""
+def read_full(fd: int, view: memoryview, interrupts: Interrupts, *, path: object = "-") -> int:
+    """Fill `view` from a stream; how many bytes there were until its end. path: what errors name."""
     done = 0
     while done < len(view):
         interrupts.wait_for(fd, select.POLLIN)
         try:
-            count = os.readv(fd, [view[done:]])
+            count = os.readv(fd, [view[done : done + _MOST_READ]])
         except BlockingIOError:
             continue  # Somebody else reads it, too, and was quicker.
         except OSError as error:
-            raise from_errno(error.errno or errno.EIO, "reading the stream", "-") from error
+            raise from_errno(error.errno or errno.EIO, "reading the stream", path) from error
         if not count:
             break
         done += count

@@ -6,6 +6,7 @@ A request that the kernel can take as it is costs one system call (B02). Any oth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import operator
 import os
@@ -14,7 +15,14 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from odirect.base import trace
-from odirect.base.errors import DeviceError, ODirectError, UnsupportedError, from_errno
+from odirect.base.errors import (
+    AlignmentError,
+    AtomicLimitError,
+    DeviceError,
+    ODirectError,
+    UnsupportedError,
+    from_errno,
+)
 from odirect.block.bio import ATOMIC, DISCARD, FUA, HIPRI, NOWAIT, READ, WRITE, ZERO
 from odirect.block.buffers import as_bytes_view
 from odirect.block.cached_file import CachedFileDevice
@@ -22,15 +30,15 @@ from odirect.block.device import Limits
 from odirect.block.file_device import FileDevice, file_bytes
 from odirect.block.limits import file_limits
 from odirect.dio import batch
-from odirect.dio.bounce import Moved
+from odirect.dio.bounce import DIRECT_READ, Moved
 from odirect.dio.here import Here, forget, here
-from odirect.dio.opening import Opened, Path, open_file
+from odirect.dio.opening import Opened, Path, open_file, plain_file
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason
 from odirect.dio.plainfile import NO_END, FileState, PlainFile
 from odirect.dio.requests import Request
 from odirect.dio.submission import Submission, file_submission
 from odirect.dio.write_order import Crowd, WriteGate
-from odirect.raw_file import Buffer, RawFile
+from odirect.raw_file import Buffer, RawFile, past_end
 from odirect.ring._calls import NOT_SIMPLE, DirectHandle, fallocate
 from odirect.ring.contract import RWF_DSYNC, RWF_HIPRI, RWF_NOWAIT
 
@@ -65,7 +73,7 @@ def open(
     dsync: every write is durable when it returns (B05). nowait: a request that would wait raises
     WouldBlockError. hipri: poll the device for completions where it can be polled (B06). atomic:
     every write is whole or not there after a power cut, within the device's limits (F43).
-    overwrite_in_use: write to a block device although it is mounted or in use.
+    overwrite_in_use: write to a block device or file although it is mounted, looped, locked or otherwise in use.
 
     Raises ValueError for a mode or access that is none, and what `dio.opening.open_file` raises.
     """
@@ -90,6 +98,12 @@ def expected_outcome(state: FileState, op: int, flags: int) -> Outcome:
     if reason is None:
         return Outcome(Kind.DIRECT, Reason.NONE, promise)
     return Outcome(Kind.BUFFERED, reason, promise)
+
+
+def check_atomic(opened: Opened, flags: int) -> None:
+    """Raise AtomicLimitError if writes are to be atomic, and the device promises that of none (F43)."""
+    if flags & ATOMIC and opened.direct_fd >= 0 and not opened.state.limits.atomic_max:
+        raise AtomicLimitError("an atomic write: the device promises none at all", path=opened.state.path)
 
 
 def truncate_file(opened: Opened, size: int) -> int:
@@ -152,6 +166,7 @@ class File(RawFile):
         if READ in self._state.refused:
             self._simple.fd = -1
         self._simple_limits = limits
+        self._sized = not opened.generated
         self._local = threading.local()
         self._find_size()
         self._read_outcome = expected_outcome(self._state, READ, flags)
@@ -162,9 +177,18 @@ class File(RawFile):
     # What it is.
 
     def fileno(self) -> int:
-        """The descriptor that is open with O_DIRECT, or the plain one where that was refused."""
+        """A descriptor of the same file without O_DIRECT, which stands where `tell` does now.
+
+        It is for what takes any file: `os.fstat`, `fcntl`, `mmap`, a child's standard input, `numpy.fromfile`. What is
+        read and written there goes through the page cache, also with access "strict", is no request of this file and
+        has no outcome; the kernel keeps both ways one file as long as neither meets the other in mid-flight.
+        """
         self._check_open()
-        return self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+        fd = self._opened.cached_fd
+        with self._position_lock, contextlib.suppress(OSError, OverflowError):
+            # Past what the kernel can seek to, there is nothing to read either.
+            os.lseek(fd, self._position, os.SEEK_SET)
+        return fd
 
     @property
     def size(self) -> int:
@@ -279,6 +303,10 @@ class File(RawFile):
         """
         if self._submission is None:
             self._check_open()
+            if not self._sized:
+                raise UnsupportedError(
+                    "its bytes are made while it is read, and nothing of it can be in flight: use read", path=self.name
+                )
             self._submission = file_submission(
                 self._state,
                 self._opened.direct_fd,
@@ -287,16 +315,24 @@ class File(RawFile):
                 (self._read_outcome, self._write_outcome),
                 strict=self.access == "strict",
                 ask_again=self._ask_again,
-                check=self._check_usable,
+                check=self._check_atomic_use if self._flags & ATOMIC else self._check_usable,
                 tell=self._tally,
             )
         return self._submission.submit(op, offset, buffer, tag)
 
     # How.
 
+    def _check_atomic_use(self, op: int) -> None:
+        self._check_usable(op)
+        if op == WRITE:
+            check_atomic(self._opened, self._flags)
+
     def _tally(self, request: Request) -> None:
         if request.outcome is not None:
             self._tallies.add(request.outcome, request.transferred)
+        elif past_end(request.exception, request.op, request.offset, self._find_size):
+            request.exception, request.outcome = None, DIRECT_READ
+            self._tallies.add(DIRECT_READ, 0)
 
     def _entered(self, call: Callable[[], T]) -> T:
         """What `call` returns. It takes several steps, and `close` waits, so that none meets another file."""
@@ -342,8 +378,8 @@ class File(RawFile):
             if opened.direct_fd >= 0:
                 direct = FileDevice(place.queue, opened.direct_fd, self._state.limits, register=False)
             cached = CachedFileDevice(opened.cached_fd)
-            plain = PlainFile(
-                self._state,
+            plain = plain_file(
+                opened,
                 direct,
                 cached,
                 place.pool,
@@ -354,7 +390,8 @@ class File(RawFile):
         return known[1], known[2]
 
     def _ask_again(self) -> Limits:
-        return file_limits(self.fileno(), path=self.name, writable=self._opened.mode.writable)[0]
+        fd = self._opened.direct_fd if self._opened.direct_fd >= 0 else self._opened.cached_fd
+        return file_limits(fd, path=self.name, writable=self._opened.mode.writable)[0]
 
     def _run(self, call: Callable[[PlainFile], Coroutine[Any, Any, T]]) -> T:
         place = here()
@@ -386,8 +423,14 @@ class File(RawFile):
 
     def _transfer(self, op: int, segments: list[memoryview], offset: int) -> int:
         if op == READ:
-            moved = self._entered(lambda: self._move(op, segments, offset))
+            try:
+                moved = self._entered(lambda: self._move(op, segments, offset))
+            except AlignmentError as error:
+                if not past_end(error, op, offset, self._find_size):
+                    raise
+                moved = Moved(0, DIRECT_READ)
         else:
+            check_atomic(self._opened, self._flags)
             merges = self._merges(offset, sum(map(len, segments)))
             moved = self._entered(lambda: self._in_turn(merges, lambda: self._move(op, segments, offset)))
         self._tallies.add(moved.outcome, moved.transferred)
@@ -431,6 +474,7 @@ class File(RawFile):
         if op == READ:
             self._entered(move)
             return results
+        check_atomic(self._opened, self._flags)
         if self._flags & FUA:
             self._state.check_sync()
         merges = self._merges(int(numpy.bitwise_or.reduce(places)) if len(places) else 0, length)
@@ -522,6 +566,8 @@ class File(RawFile):
                 part = max(0, min(length, moved.transferred - turn * length))
                 outcomes[first + turn] = Moved(part, moved.outcome)
         for element, outcome in outcomes.items():
+            if isinstance(outcome, Exception) and past_end(outcome, op, places[element], self._find_size):
+                outcome = Moved(0, DIRECT_READ)
             if isinstance(outcome, Moved):
                 results[element] = outcome.transferred
                 self._tallies.add(outcome.outcome, outcome.transferred)

@@ -12,13 +12,15 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from odirect.base.errors import ClosedError, WouldBlockError
-from odirect.base.units import checked_offset
+from odirect.base.errors import AlignmentError, ClosedError, WouldBlockError
+from odirect.base.units import align_up, checked_offset
 from odirect.block.bio import READ, WRITE
 from odirect.block.buffers import as_bytes_view, empty
+from odirect.block.device import Limits
+from odirect.dio.blockdev import check_aligned
 from odirect.dio.opening import OpenMode
 from odirect.dio.outcome import Outcome, Tallies, Tally
 
@@ -34,6 +36,50 @@ Buffer = object  # anything with the buffer protocol
 BATCH_DEPTH = 64
 # How much `readall` asks for at once.
 _READ_BYTES = 8 << 20
+#: How much `pread` asks for at once of a file whose size says nothing.
+GENERATED_BYTES = 1 << 18
+_LARGEST_OFFSET = (1 << 63) - 1
+
+
+def room(file: Sized, length: int, offset: int) -> int:
+    """How much memory a read of `length` bytes at `offset` needs, which may go past the end of the file.
+
+    With access "strict" the request must be one that the kernel takes, so the last block is asked for whole;
+    AlignmentError for a length that it would refuse.
+    """
+    left = max(0, file.size - offset)
+    if length <= left:
+        return length
+    if left and file.access == "strict":
+        try:
+            check_aligned(file.limits, READ, offset, (), length)
+        except AlignmentError as error:
+            error.filename = file.name
+            raise
+        return min(length, align_up(left, file.limits.read_align))
+    return left
+
+
+def past_end(error: BaseException | None, op: int, offset: int, size: Callable[[], int]) -> bool:
+    """Whether this is the error of a misaligned read where nothing is left: there the kernel looks at no alignment."""
+    return isinstance(error, AlignmentError) and op == READ and offset >= size()
+
+
+class Sized(Protocol):
+    """What `room` asks of a file."""
+
+    name: Any
+    access: str
+
+    @property
+    def size(self) -> int:
+        """The present size in bytes."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What a direct request must be aligned to."""
+        ...
 
 
 class Completing(Protocol):
@@ -50,7 +96,10 @@ class RawFile(io.RawIOBase):
     `read`, `write` and `seek` share one position, which a lock protects.
     """
 
+    access: str
     _submission: Completing | None
+    # Whether the file's size says how much can be read.
+    _sized = True
 
     def __init__(self, name: str | bytes, mode: OpenMode) -> None:
         super().__init__()
@@ -86,6 +135,11 @@ class RawFile(io.RawIOBase):
         """The present size in bytes."""
 
     @property
+    @abc.abstractmethod
+    def limits(self) -> Limits:
+        """What a direct request must be aligned to."""
+
+    @property
     def last_outcome(self) -> Outcome | None:
         """How the last request went, of whichever thread; None before the first."""
         return self._tallies.last
@@ -111,8 +165,22 @@ class RawFile(io.RawIOBase):
             raise ValueError(f"cannot read {length} bytes")
         if offset < 0:
             raise ValueError(f"the offset is {offset}; it cannot be negative")
-        buffer = empty(max(0, min(length, self.size - offset)))
+        if not self._sized:
+            return self._pread_generated(length, offset)
+        buffer = empty(room(self, length, offset))
         return bytes(buffer[: self.preadinto(buffer, offset)])
+
+    def _pread_generated(self, length: int, offset: int) -> bytes:
+        """`pread` of a file whose size says nothing: until it gives no more."""
+        data = bytearray()
+        buffer = empty(min(length, GENERATED_BYTES))
+        while len(data) < length:
+            part = buffer[: length - len(data)]
+            count = self.preadinto(part, offset + len(data))
+            data += part[:count]
+            if count < len(part):
+                break
+        return bytes(data)
 
     def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Read into the buffers in turn from byte `offset`; the number of bytes."""
@@ -278,6 +346,8 @@ class RawFile(io.RawIOBase):
         given = numpy.asarray(offsets)
         if given.size and given.dtype.kind not in "iu":
             raise TypeError(f"offsets must be whole numbers, not {given.dtype}")
+        if given.size and given.dtype.kind == "u" and int(given.max()) > _LARGEST_OFFSET:
+            raise ValueError(f"offset {int(given.argmax())} of the batch is {int(given.max())}: past any file's end")
         places = numpy.ascontiguousarray(given, dtype=numpy.int64)
         view = as_bytes_view(buffer, writable=op == READ)
         if given.ndim != 1 or length < 0 or depth < 1:

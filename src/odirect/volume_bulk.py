@@ -27,34 +27,30 @@ WINDOW_BYTES = 16 << 20
 def read_files(volume: VolumeNames, top: AnyPath) -> Iterator[tuple[str | bytes, bytes]]:
     """(path, content) of every regular file below `top`; see `Volume.read_files`."""
     encoded, shown = volume._path(top)
-    file_system = volume.file_system
-
-    async def find() -> list[tuple[bytes, Attributes]]:
-        found = await resolve(file_system, encoded)
-        if found.kind is not FileKind.DIRECTORY:
-            return [(b"", found)]
-        entries = await file_system.tree(found.inode)
-        return [
-            (entry.path, entry.attributes)
-            for entry in sorted(entries, key=lambda entry: entry.place)
-            if stat.S_ISREG(entry.attributes.mode)
-        ]
-
-    files = volume.run(find(), shown)
+    files = volume.run(find_files(volume.file_system, encoded), shown)
     # A file with several names is read once for each, so that nothing need be kept.
-    return _with_paths(read_ahead(volume, files, lambda file: file[1], shown), shown)
+    contents = read_ahead(volume, files, lambda file: file[1], shown)
+    return ((path_below(shown, below), content) for (below, _), content in contents)
 
 
-def _with_paths(
-    contents: Iterator[tuple[tuple[bytes, Attributes], bytes]], shown: str | bytes
-) -> Iterator[tuple[str | bytes, bytes]]:
-    for (below, _), content in contents:
-        if not below:
-            yield shown, content
-        elif isinstance(shown, bytes):
-            yield os.path.join(shown, below), content
-        else:
-            yield os.path.join(shown, os.fsdecode(below)), content
+async def find_files(file_system: FileSystem, top: bytes) -> list[tuple[bytes, Attributes]]:
+    """(path from `top`, attributes) of every regular file below `top` in the order of the device; b"": `top` itself."""
+    found = await resolve(file_system, top)
+    if found.kind is not FileKind.DIRECTORY:
+        return [(b"", found)]
+    entries = await file_system.tree(found.inode)
+    return [
+        (entry.path, entry.attributes)
+        for entry in sorted(entries, key=lambda entry: entry.place)
+        if stat.S_ISREG(entry.attributes.mode)
+    ]
+
+
+def path_below(shown: str | bytes, below: bytes) -> str | bytes:
+    """The path of what is `below` a path that was given as `shown`, of its type."""
+    if not below:
+        return shown
+    return os.path.join(shown, below) if isinstance(shown, bytes) else os.path.join(shown, os.fsdecode(below))
 
 
 def read_ahead(
@@ -66,10 +62,10 @@ def read_ahead(
     """
     runner = volume.runner
     ahead: Task[list[bytes]] | None = None
-    windows = _windows(files, lambda file: attributes(file).size)
-    window = next(windows, None)
+    portions = windows(files, lambda file: attributes(file).size)
+    window = next(portions, None)
     if window is not None:
-        ahead = runner.start(_read(volume.file_system, [attributes(file) for file in window]))
+        ahead = runner.start(read_window(volume.file_system, [attributes(file) for file in window]))
     while window is not None and ahead is not None:
         task = ahead
         try:
@@ -78,14 +74,14 @@ def read_ahead(
         except ODirectError as error:
             named(error, shown)
             raise
-        done, window, ahead = window, next(windows, None), None
+        done, window, ahead = window, next(portions, None), None
         if window is not None:
-            ahead = runner.start(_read(volume.file_system, [attributes(file) for file in window]))
+            ahead = runner.start(read_window(volume.file_system, [attributes(file) for file in window]))
         # Whoever stops here leaves a task behind; it owns its memory, and the next call takes it on.
         yield from zip(done, contents, strict=True)
 
 
-def _windows(files: Sequence[T], size: Callable[[T], int]) -> Iterator[Sequence[T]]:
+def windows(files: Sequence[T], size: Callable[[T], int]) -> Iterator[Sequence[T]]:
     """The files in portions that are read together."""
     start = total = 0
     for number, file in enumerate(files):
@@ -98,7 +94,8 @@ def _windows(files: Sequence[T], size: Callable[[T], int]) -> Iterator[Sequence[
         yield files[start:]
 
 
-async def _read(file_system: FileSystem, files: Sequence[Attributes]) -> list[bytes]:
+async def read_window(file_system: FileSystem, files: Sequence[Attributes]) -> list[bytes]:
+    """The contents of files that are read together."""
     if len(files) > 1 or files[0].size <= WINDOW_BYTES:
         return await file_system.read_whole([file.inode for file in files])
     handle = await file_system.open_file(files[0].inode, writable=False)

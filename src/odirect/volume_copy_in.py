@@ -61,6 +61,9 @@ from odirect.volume_copy import (
 from odirect.volume_names import AnyPath, VolumeNames
 from odirect.volume_runner import named
 
+# Some files of /proc refuse to be read in larger pieces.
+_STREAM_BYTES = 1 << 20
+
 T = TypeVar("T")
 HostPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -357,6 +360,9 @@ class _CopyIn:
 
     def _fill(self, item: _Item, fd: int, handle: VolumeFile, size: int) -> None:
         """Copy the bytes: each chunk is written while the next one is read."""
+        if not size:
+            self._fill_as_it_comes(item, fd, handle)
+            return
         writing: Task[None] | None = None
         end = 0
         with contextlib.ExitStack() as stack:
@@ -380,6 +386,19 @@ class _CopyIn:
             if end < size:
                 self._run(item, handle.truncate(size))
                 self.counts.add(skipped=size - end)
+
+    def _fill_as_it_comes(self, item: _Item, fd: int, handle: VolumeFile) -> None:
+        """Copy what a file without a size gives: nothing, or what is made while it is read, as in /proc."""
+        offset = 0
+        view = self._buffers.next()[:_STREAM_BYTES]
+        while True:
+            with on_host("reading", item.path):
+                count = os.preadv(fd, [view], offset)
+            if not count:
+                return
+            self._run(item, tree.write_whole(handle, offset, view[:count]))
+            self.counts.add(copied=count)
+            offset += count
 
     def _finished(self, item: _Item, writing: Task[None]) -> None:
         try:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from odirect import files
 from odirect.base.errors import DirectoryError, ExistsError, MissingError, ODirectError, UnsupportedError
+from odirect.block.in_use import check_unused, suspects
 from odirect.dio.mapping import ExtentKind
 from odirect.fs import tree
 from odirect.fs.base import Attributes, FileKind, VolumeFile
@@ -149,6 +150,8 @@ class _CopyOut:
         self._places: list[_Place] = []
         self._final = b""
         self._with_xattrs = with_xattrs
+        #: Inode numbers of files that may be in use: to ask for each of many files would take as long as to copy it.
+        self._suspects = suspects()
         most = self._file_system.small_file_bytes
         self._small = {
             number
@@ -277,8 +280,11 @@ class _CopyOut:
         """A hidden name that nothing has; what is made there takes `name` in the end, or goes."""
         with self._on_host(item, "looking for its name"):
             try:
-                if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                there = os.stat(name, dir_fd=parent, follow_symlinks=False)
+                if stat.S_ISDIR(there.st_mode):
                     raise DirectoryError("a directory has that name, and is not replaced by what is none")
+                if stat.S_ISREG(there.st_mode) and (not item.depth or there.st_ino in self._suspects):
+                    check_unused(b"/proc/self/fd/%d/%s" % (parent, name), what="replace")
             except FileNotFoundError:
                 pass
             temporary = temporary_name(name, lambda hidden: _is_there(hidden, parent))

@@ -40,12 +40,12 @@ def stat_result(attributes: Attributes, device: int) -> os.stat_result:
 
 
 def statvfs_result(space: SpaceUse, *, writable: bool) -> os.statvfs_result:
-    """How full a volume is, as `os.statvfs` gives it."""
+    """How full a volume is, as `os.statvfs` gives it: f_blocks is without the overhead."""
     return os.statvfs_result(
         (
             space.block_bytes,
             space.block_bytes,
-            space.blocks,
+            max(0, space.blocks - space.overhead),
             space.free,
             space.available,
             space.files,

@@ -37,11 +37,11 @@ _Name = TypeVar("_Name", str, bytes)
 
 
 class InVolume:
-    """The part of `VolumePath` that a volume looks at."""
+    """The part of a path of a volume that the volume looks at."""
 
     __slots__ = ("path", "volume")
 
-    def __init__(self, volume: VolumeNames, path: str) -> None:
+    def __init__(self, volume: object, path: str) -> None:
         self.volume = volume
         self.path = path
 
@@ -84,6 +84,7 @@ class VolumeNames:
         dsync: bool = False,
         nowait: bool = False,
         hipri: bool = False,
+        atomic: bool = False,
         permissions: int = 0o644,
     ) -> FileInVolume:
         """The regular file at `path`, with the interface of `odirect.File`.
@@ -92,13 +93,16 @@ class VolumeNames:
         writes. access: "auto" takes any offset, length and memory; "strict" raises AlignmentError or
         NotDirectError for what does not go past the page cache; "buffered" goes through a cache of ours.
         dsync: every write is durable when it returns. nowait: a request that would wait raises
-        WouldBlockError. hipri: poll the device where it can be polled. permissions: of a new file.
+        WouldBlockError. hipri: poll the device where it can be polled. atomic: refused (UnsupportedError), no
+        file system here can promise it. permissions: of a new file.
 
         Raises MissingError, ExistsError, DirectoryError, UnsupportedError for what has no bytes, ReadOnlyError.
         """
         opening = parse_mode(mode)
         encoded, shown = self._path(path)
-        flags = tasks.transfer_flags(opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri)
+        flags = tasks.transfer_flags(
+            opening, access, self._reasons, shown, dsync=dsync, nowait=nowait, hipri=hipri, atomic=atomic
+        )
 
         async def begin() -> FileInVolume:
             handle = await tasks.open_file(
@@ -261,9 +265,9 @@ class VolumeNames:
         """Make an empty file, fifo, socket or device; mode: its type (a file, if none is said) and permissions."""
         self._make(path, tasks.node_mode(mode, self._path(path)[1]), device_number=device)
 
-    def symlink(self, target: str | bytes | os.PathLike[str] | os.PathLike[bytes], path: AnyPath) -> None:
+    def symlink(self, target: AnyPath, path: AnyPath) -> None:
         """Make `path` a symbolic link to `target`, which need not be there, and is kept as it is given."""
-        self._make(path, stat.S_IFLNK | 0o777, target=path_bytes(target))
+        self._make(path, stat.S_IFLNK | 0o777, target=self._path(target)[0])
 
     def link(self, source: AnyPath, path: AnyPath, *, follow_symlinks: bool = False) -> None:
         """Give what is at `source` the name `path` too (a hard link)."""

@@ -20,6 +20,7 @@ from odirect.block.bio import READ, WRITE
 from odirect.block.cached_file import CachedFileDevice
 from odirect.block.device import BlockDevice, Limits
 from odirect.block.file_device import FileDevice
+from odirect.block.in_use import lock_holder, volume_closed, volume_opened
 from odirect.block.queue import RingQueue
 from odirect.dio.opening import Opened, Path, open_file
 from odirect.dio.outcome import Kind, Outcome, Reason
@@ -50,6 +51,9 @@ class LockedImage:
         self.opened = opened
         self.name = name
         self._hold_fd = hold_fd
+        status = os.fstat(opened.cached_fd)
+        self._identity: tuple[int, int] | None = status.st_dev, status.st_ino
+        volume_opened(*self._identity)
 
     def close(self) -> None:
         """Unlock and close. Twice is harmless."""
@@ -67,6 +71,9 @@ class LockedImage:
         if hold_fd >= 0:
             os.close(hold_fd)
         self.opened.close()
+        identity, self._identity = self._identity, None
+        if identity is not None:
+            volume_closed(*identity)
 
     def __del__(self) -> None:
         self.forget()
@@ -216,31 +223,11 @@ def _lock(opened: Opened, writable: bool) -> None:
         if error.errno != errno.EWOULDBLOCK:
             return  # A file system without locks; who else is at it cannot be known there.
         verb = "write to" if writable else "read"
-        holder = _holder(fd)
         raise InUseError(
-            f"will not {verb} it: {holder} has locked it (flock), as one that has a volume open does; "
+            f"will not {verb} it: {lock_holder(fd)} has locked it (flock), as one that has a volume open does; "
             f"close that first{'' if writable else ' (it is open there for writing)'}",
             path=opened.state.path,
         ) from None
-
-
-def _holder(fd: int) -> str:
-    """Who has the lock, as far as the kernel tells."""
-    status = os.fstat(fd)
-    identity = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    try:
-        with open("/proc/locks", encoding="ascii") as locks:
-            for line in locks:
-                fields = line.split()
-                if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5] == identity:
-                    number = int(fields[4])
-                    if number == os.getpid():
-                        return "this very process"
-                    with open(f"/proc/{number}/comm", encoding="utf-8", errors="replace") as name:
-                        return f"process {number} ({name.read().strip()})"
-    except (OSError, ValueError):
-        pass  # It has gone, or is not to be seen from here.
-    return "another process"
 
 
 def _claim(opened: Opened) -> int:

@@ -15,141 +15,23 @@ from odirect.fs.base import Access, FileKind
 from odirect.fs.paths import MOST_LINKS
 from odirect.volume_file import FileInVolume
 from odirect.volume_names import InVolume, VolumeNames
+from odirect.volume_pure_path import PureVolumePath, Segment, check_text
 
 _MAGIC = re.compile(r"[*?\[]")
 
 
-class VolumePath(InVolume):
-    """A path inside an open volume; always absolute, since a volume has no working directory.
+class VolumePath(PureVolumePath):
+    """A path inside an open volume, and what is there.
 
-    `volume / "etc" / "hosts"` makes one. Equal, and hashed alike, for equal paths of one volume. Nothing
-    is asked of the volume until a method needs it. ".." is kept, as pathlib does, because a symbolic link may be
-    before it. It is no `os.PathLike` on purpose: `open` and its like would take it for a path of the host.
-    Names that are no UTF-8 are text by `os.fsdecode`.
+    `volume / "etc" / "hosts"` makes one. Nothing is asked of the volume until a method needs it.
     """
 
-    __slots__ = ("_parts",)
+    __slots__ = ()
 
-    def __init__(self, volume: VolumeNames, *segments: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> None:
-        parts: list[str] = []
-        for segment in segments:
-            text = os.fsdecode(segment)
-            if text.startswith("/"):
-                parts.clear()
-            parts += [part for part in text.split("/") if part not in ("", ".")]
-        self._parts = tuple(parts)
-        super().__init__(volume, "/" + "/".join(parts))
+    volume: VolumeNames
 
-    # Names.
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The root "/", and the names below it."""
-        return ("/", *self._parts)
-
-    @property
-    def name(self) -> str:
-        """The last name, "" for the root."""
-        return self._parts[-1] if self._parts else ""
-
-    @property
-    def suffix(self) -> str:
-        """The last name's ending with its dot, or ""."""
-        stem, dot, ending = self.name.rpartition(".")
-        return dot + ending if stem and ending else ""
-
-    @property
-    def suffixes(self) -> list[str]:
-        """All endings of the last name, each with its dot."""
-        if self.name.endswith("."):
-            return []
-        return ["." + ending for ending in self.name.lstrip(".").split(".")[1:]]
-
-    @property
-    def stem(self) -> str:
-        """The last name without its last ending."""
-        return self.name[: len(self.name) - len(self.suffix)]
-
-    @property
-    def parent(self) -> VolumePath:
-        """The path without its last name; the root's is the root."""
-        return self._made(self._parts[:-1])
-
-    @property
-    def parents(self) -> list[VolumePath]:
-        """All paths above, the nearest first."""
-        return [self._made(self._parts[:count]) for count in reversed(range(len(self._parts)))]
-
-    def joinpath(self, *segments: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
-        """This path with the segments behind it; one that begins with a slash starts anew at the root."""
-        return VolumePath(self.volume, self.path, *segments)
-
-    def __truediv__(self, segment: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
-        return self.joinpath(segment)
-
-    def with_name(self, name: str) -> VolumePath:
-        """This path with another last name. ValueError if that is none, or this is the root."""
-        if not self._parts or not name or "/" in name or name == ".":
-            raise ValueError(f"{self.path} cannot have the name {name!r}")
-        return self._made((*self._parts[:-1], name))
-
-    def with_stem(self, stem: str) -> VolumePath:
-        """This path with another last name before its ending."""
-        return self.with_name(stem + self.suffix)
-
-    def with_suffix(self, suffix: str) -> VolumePath:
-        """This path with another ending ("" for none). ValueError if it is none."""
-        if suffix and (not suffix.startswith(".") or suffix == "." or "/" in suffix):
-            raise ValueError(f"{suffix!r} is no suffix")
-        return self.with_name(self.stem + suffix)
-
-    def relative_to(self, other: VolumePath) -> str:
-        """This path as seen from `other`, which must be it or above it (ValueError)."""
-        count = len(other._parts)
-        if other.volume is not self.volume or self._parts[:count] != other._parts:
-            raise ValueError(f"{self.path} is not below {other.path}")
-        return "/".join(self._parts[count:]) or "."
-
-    def is_relative_to(self, other: VolumePath) -> bool:
-        """Whether `other` is this path or above it."""
-        return other.volume is self.volume and self._parts[: len(other._parts)] == other._parts
-
-    def match(self, pattern: str) -> bool:
-        """Whether the last names match those of a glob pattern (all of them, if it begins with a slash)."""
-        wanted = [part for part in pattern.split("/") if part]
-        if not wanted:
-            raise ValueError("an empty pattern")
-        if len(wanted) > len(self._parts) or (pattern.startswith("/") and len(wanted) != len(self._parts)):
-            return False
-        return all(
-            fnmatch.fnmatchcase(part, want) for part, want in zip(self._parts[-len(wanted) :], wanted, strict=True)
-        )
-
-    def as_posix(self) -> str:
-        """The path as text."""
-        return self.path
-
-    def __str__(self) -> str:
-        return self.path
-
-    def __bytes__(self) -> bytes:
-        return os.fsencode(self.path)
-
-    def __repr__(self) -> str:
-        return f"VolumePath({self.path!r})"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, VolumePath):
-            return NotImplemented
-        return self.volume is other.volume and self._parts == other._parts
-
-    def __lt__(self, other: VolumePath) -> bool:
-        if not isinstance(other, VolumePath) or other.volume is not self.volume:
-            return NotImplemented
-        return self._parts < other._parts
-
-    def __hash__(self) -> int:
-        return hash((id(self.volume), self._parts))
+    def __init__(self, volume: VolumeNames, *segments: Segment) -> None:
+        super().__init__(volume, *segments)
 
     # Looking.
 
@@ -197,9 +79,23 @@ class VolumePath(InVolume):
         """Whether it is the root: nothing is mounted inside a volume."""
         return not self._parts
 
-    def samefile(self, other: VolumePath) -> bool:
-        """Whether both lead to one inode."""
-        return self.volume is other.volume and os.path.samestat(self.stat(), other.stat())
+    def samefile(self, other: Segment) -> bool:
+        """Whether both lead to one inode; text is a path of this volume."""
+        if isinstance(other, InVolume) and other.volume is not self.volume:
+            return False
+        return os.path.samestat(self.stat(), self.volume.stat(other))
+
+    def owner(self) -> str:
+        """The name that this machine has for the owner. Raises KeyError if it has none."""
+        import pwd
+
+        return pwd.getpwuid(self.stat().st_uid).pw_name
+
+    def group(self) -> str:
+        """The name that this machine has for the group. Raises KeyError if it has none."""
+        import grp
+
+        return grp.getgrgid(self.stat().st_gid).gr_name
 
     def resolve(self, strict: bool = False) -> VolumePath:
         """The path of the same thing with no symbolic link and no ".." in it.
@@ -245,6 +141,7 @@ class VolumePath(InVolume):
 
         Links are followed by a name or "*", not by "**". Raises ValueError for an empty or absolute pattern.
         """
+        check_text(pattern, "a pattern")
         if not pattern or pattern.startswith("/"):
             raise ValueError(f"{pattern!r} is no relative pattern")
         parts = [part for part in pattern.split("/") if part not in ("", ".")]
@@ -256,6 +153,7 @@ class VolumePath(InVolume):
 
     def rglob(self, pattern: str) -> Iterator[VolumePath]:
         """What matches in this directory and at any depth below it."""
+        check_text(pattern, "a pattern")
         return self.glob(f"**/{pattern}")
 
     def walk(self, top_down: bool = True) -> Iterator[tuple[VolumePath, list[str], list[str]]]:
@@ -283,6 +181,8 @@ class VolumePath(InVolume):
 
         `Volume.open` has all that a raw file can do.
         """
+        if not isinstance(mode, str):
+            raise TypeError(f"the mode must be str, not {type(mode).__name__}")
         is_binary = "b" in mode
         if buffering == 0 and not is_binary:
             raise ValueError("text cannot be unbuffered")
@@ -299,6 +199,9 @@ class VolumePath(InVolume):
             return io.TextIOWrapper(
                 cast("io.BufferedRandom", buffered), encoding or "utf-8", errors, newline, line_buffering=buffering == 1
             )
+        except OverflowError as error:
+            raw.close()
+            raise ValueError(f"a buffer of {buffering} bytes is too large") from error
         except BaseException:
             raw.close()
             raise
@@ -354,21 +257,19 @@ class VolumePath(InVolume):
         """Remove this empty directory."""
         self.volume.rmdir(self)
 
-    def rename(self, target: str | VolumePath) -> VolumePath:
+    def rename(self, target: Segment) -> VolumePath:
         """The new path, once this has been moved there, over what is there as rename(2) has it."""
-        path = target if isinstance(target, VolumePath) else VolumePath(self.volume, target)
+        path = VolumePath(self.volume, target)
         self.volume.rename(self, path)
         return path
 
     replace = rename
 
-    def symlink_to(
-        self, target: str | bytes | os.PathLike[str] | VolumePath, target_is_directory: bool = False
-    ) -> None:
+    def symlink_to(self, target: Segment, target_is_directory: bool = False) -> None:
         """Make this a symbolic link to `target`."""
-        self.volume.symlink(target.path if isinstance(target, VolumePath) else target, self)
+        self.volume.symlink(target, self)
 
-    def hardlink_to(self, target: str | VolumePath) -> None:
+    def hardlink_to(self, target: Segment) -> None:
         """Make this one more name of what is at `target`."""
         self.volume.link(target, self)
 
@@ -380,9 +281,6 @@ class VolumePath(InVolume):
 
     def _is(self, kind: FileKind) -> bool:
         return self.exists() and self.volume.attributes(self).kind is kind
-
-    def _made(self, parts: tuple[str, ...]) -> VolumePath:
-        return VolumePath(self.volume, "/", *parts)
 
     def _select(self, parts: list[str], *, directory_wanted: bool) -> Iterator[VolumePath]:
         if not parts:

@@ -6,6 +6,8 @@ They refer to the file system and not to the volume, so that one that is under w
 from __future__ import annotations
 
 import errno
+import numbers
+import operator
 import os
 import stat
 from collections.abc import Mapping
@@ -33,6 +35,8 @@ NEW_NODE = stat.S_IFREG | 0o600
 # What `chown` leaves as it is.
 _KEEP = -1
 _SECOND_NS = 1_000_000_000
+# The kernel's mode_t, of which 16 bits mean something.
+_LARGEST_MODE = 0o177777
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -47,11 +51,16 @@ def transfer_flags(
     dsync: bool,
     nowait: bool,
     hipri: bool,
+    atomic: bool,
 ) -> int:
     """The flags of every request of a file that is opened so. reasons: of `volume_opening.Image`.
 
-    Raises ValueError for an access that is none, NotDirectError where "strict" cannot be had.
+    Raises ValueError for an access that is none, NotDirectError where "strict" cannot be had, UnsupportedError
+    for atomic.
     """
+    if atomic:
+        message = "writes cannot be atomic in a volume: its file system gives no run of blocks that promises it"
+        raise UnsupportedError(message, path=path)
     if access not in ACCESSES:
         raise ValueError(f"access {access!r}: use 'auto', 'strict' or 'buffered'")
     for op, wanted in ((READ, mode.readable), (WRITE, mode.writable)):
@@ -64,7 +73,7 @@ def transfer_flags(
 async def open_file(
     file_system: FileSystem, path: bytes, mode: OpenMode, *, permissions: int, owner: Owner
 ) -> VolumeFile:
-    """A handle of the file at `path`, opened, made or cut as `mode` says."""
+    """A handle of the file at `path`, opened, made or cut as `mode` says. Raises ValueError for no permissions."""
     return await tree.open_file(
         file_system,
         path,
@@ -72,7 +81,7 @@ async def open_file(
         create=mode.create,
         exclusive=mode.exclusive,
         truncate=mode.truncate,
-        permissions=permissions,
+        permissions=permissions_of(permissions),
         owner=owner,
     )
 
@@ -90,7 +99,13 @@ async def read_bytes(file_system: FileSystem, path: bytes) -> bytes:
 async def write_bytes(file_system: FileSystem, path: bytes, data: memoryview, *, permissions: int, owner: Owner) -> int:
     """How many bytes were written: all of `data`, which the file at `path` then holds, and nothing else."""
     file = await tree.open_file(
-        file_system, path, writable=True, create=True, truncate=True, permissions=permissions, owner=owner
+        file_system,
+        path,
+        writable=True,
+        create=True,
+        truncate=True,
+        permissions=permissions_of(permissions),
+        owner=owner,
     )
     try:
         await tree.write_whole(file, 0, data)
@@ -127,11 +142,12 @@ async def make_directory(
     file_system: FileSystem, path: bytes, mode: int, *, owner: Owner, parents: bool, exist_ok: bool
 ) -> None:
     """Make a directory; parents: and what is missing above it; exist_ok: one that is there will do."""
+    permissions = permissions_of(mode)
     if parents:
-        await tree.make_directories(file_system, path, permissions=mode, owner=owner, exist_ok=exist_ok)
+        await tree.make_directories(file_system, path, permissions=permissions, owner=owner, exist_ok=exist_ok)
         return
     try:
-        await tree.make(file_system, path, stat.S_IFDIR | stat.S_IMODE(mode), owner=owner)
+        await tree.make(file_system, path, stat.S_IFDIR | permissions, owner=owner)
     except ExistsError:
         if not exist_ok:
             raise
@@ -140,12 +156,21 @@ async def make_directory(
             raise
 
 
+def permissions_of(mode: int) -> int:
+    """The permission bits of a mode. Raises ValueError for what is no mode, TypeError for no whole number."""
+    mode = operator.index(mode)
+    if not 0 <= mode <= _LARGEST_MODE:
+        raise ValueError(f"the mode is {mode}; it must be from 0 to {_LARGEST_MODE:#o}")
+    return stat.S_IMODE(mode)
+
+
 def node_mode(mode: int, path: object) -> int:
     """The type, a file if none is said, and the permissions of what `mknod` makes."""
+    permissions = permissions_of(mode)
     kind = stat.S_IFMT(mode) or stat.S_IFREG
     if kind in (stat.S_IFDIR, stat.S_IFLNK):
         raise PathError("mknod makes no directories and no links", errno=errno.EPERM, path=path)
-    return kind | stat.S_IMODE(mode)
+    return kind | permissions
 
 
 # --- changing ------------------------------------------------------------------------------------
@@ -153,9 +178,10 @@ def node_mode(mode: int, path: object) -> int:
 
 async def change_mode(file_system: FileSystem, path: bytes, mode: int, *, follow: bool) -> None:
     """Set the permissions of what is at `path`. Those of a symbolic link cannot be set: UnsupportedError."""
+    permissions = permissions_of(mode)
     if not follow and (await resolve(file_system, path, follow=False)).kind is FileKind.SYMLINK:
         raise UnsupportedError("a symbolic link has no permissions of its own")
-    await tree.change(file_system, path, mode=stat.S_IMODE(mode))
+    await tree.change(file_system, path, mode=permissions)
 
 
 async def change_owner(file_system: FileSystem, path: bytes, uid: int, gid: int, *, follow: bool) -> None:
@@ -170,15 +196,29 @@ async def change_times(file_system: FileSystem, path: bytes, times_ns: tuple[int
 
 
 def chosen_times(times: tuple[float, float] | None, ns: tuple[int, int] | None) -> tuple[int, int]:
-    """The nanoseconds that `utime` sets: of `times` in seconds, or `ns`, or now."""
+    """The nanoseconds that `utime` sets: of `times` in seconds, or `ns`, or now.
+
+    Raises TypeError for what is not two numbers, ValueError for both, and for numbers that are no time.
+    """
     if times is not None and ns is not None:
         raise ValueError("utime takes times or ns, not both")
     if times is not None:
-        return int(times[0] * _SECOND_NS), int(times[1] * _SECOND_NS)
+        _check_pair("times", times, numbers.Real)
+        try:
+            return int(times[0] * _SECOND_NS), int(times[1] * _SECOND_NS)
+        except OverflowError as error:
+            raise ValueError(f"times are {times}: that is no time") from error
     if ns is not None:
-        return ns
+        _check_pair("ns", ns, numbers.Integral)
+        return int(ns[0]), int(ns[1])
     now_ns = wall_ns()
     return now_ns, now_ns
+
+
+def _check_pair(name: str, given: object, kind: type) -> None:
+    """Raise TypeError unless it is a tuple or list of two numbers of that kind."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(isinstance(one, kind) for one in given):
+        raise TypeError(f"{name} must be two {'whole ' if kind is numbers.Integral else ''}numbers, not {given!r:.99}")
 
 
 async def change_xattr(

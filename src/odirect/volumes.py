@@ -122,7 +122,7 @@ class Volume(VolumeNames, VolumeFacts):
     def __repr__(self) -> str:
         return self._shown("odirect.Volume")
 
-    def __truediv__(self, segment: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> VolumePath:
+    def __truediv__(self, segment: AnyPath) -> VolumePath:
         return VolumePath(self, segment)
 
     @property
@@ -196,7 +196,8 @@ class Volume(VolumeNames, VolumeFacts):
         """A report of copying `source`, a file or directory of the volume, to `target` on the host.
 
         The same as `copy_in` the other way. Nothing is written outside `target`, whatever the volume holds: no
-        symbolic link below it is followed. Each file takes its name when it is whole. Without privileges,
+        symbolic link below it is followed. Each file takes its name when it is whole; one that is in use (behind a loop
+        device, as swap, locked by another program) is not replaced: InUseError. Without privileges,
         owners and devices are left out, and the report says so.
         """
         return copy_out(self, source, target, recursive=recursive, attributes=attributes, progress=progress)

@@ -354,6 +354,21 @@ def test_data_is_not_overwritten_unasked(rw: str, data: Path, capsys: pytest.Cap
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize("words", [["--size", "8E"], ["--size", "7E", "--offset", "2E"]])
+def test_more_than_a_file_can_have(words: list[str], scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(refused(capsys, scratch / "new", "--rw", "write", "--number", 1, *words).split())
+    assert "8.0 EiB (9223372036854775807 bytes)" in said and not (scratch / "new").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["sync", "batch"])
+def test_what_is_not_aligned_is_named(engine: str, jobs: int, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message of a request that fails has the file's name."""
+    words = ["--bs", 100, "--access", "strict", "--number", 5, "--engine", engine, "--jobs", jobs]
+    words += ["--iodepth", 1 if engine == "sync" else 4]
+    assert refused(capsys, data, *words, status=3).startswith(f"odirect: {data}: ")
+
+
 def test_a_new_file_needs_a_size(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What does not exist is made as long as --size says, and not at all without it."""
     path = scratch / "new"

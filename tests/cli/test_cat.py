@@ -47,6 +47,48 @@ def test_several_files_in_order(source: Path, scratch: Path) -> None:
     assert cat(scratch / "other", source, scratch / "other").stdout == b"other" + DATA + b"other"
 
 
+@pytest.mark.parametrize(
+    "options,wanted",
+    [
+        ([], DATA),
+        (["--offset", "1"], DATA[1:]),
+        (["--offset", "2M", "--length", "1048000"], DATA[2 << 20 : (2 << 20) + 1048000]),
+        (["--length", "0"], b""),
+        (["--offset", "1G"], b""),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_standard_input(kind: str, options: list[str], wanted: bytes, source: Path) -> None:
+    """`-`: the same bytes of a pipe, or of a file that the shell has opened, as of a file."""
+    command = [*STARTER, "cat", *options, "-"]
+    if kind == "pipe":
+        done = subprocess.run(command, input=DATA, capture_output=True, check=False)
+    else:
+        with open(source, "rb") as file:
+            done = subprocess.run(command, stdin=file, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == wanted
+
+
+def test_standard_input_among_files(source: Path) -> None:
+    command = [*STARTER, "cat", str(source), "-", str(source)]
+    done = subprocess.run(command, input=b"between", capture_output=True, check=False)
+    assert done.stdout == DATA + b"between" + DATA
+    refused = subprocess.run([*STARTER, "cat", "--strict", "-"], input=b"x", capture_output=True, check=False)
+    assert refused.returncode == 2 and refused.stdout == b"" and b"--strict" in refused.stderr
+
+
+def test_standard_input_comes_at_once(source: Path) -> None:
+    """What is there is passed on before there is more."""
+    with subprocess.Popen([*STARTER, "cat", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.write(b"first")
+        child.stdin.flush()
+        assert child.stdout.read(5) == b"first"
+        child.stdin.close()
+        assert child.stdout.read() == b""
+    assert child.returncode == 0
+
+
 def test_a_device(source: Path, scratch: Path) -> None:
     needs_loop()
     with made_image(None, 4 << 20, directory=scratch) as image:

@@ -83,6 +83,19 @@ def test_odd_names_can_be_printed(scratch: Path, capsys: pytest.CaptureFixture[s
     assert "\ufffd" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["info", "explain", "cat", "bench"])
+def test_an_image_that_is_none(
+    verb: str, scratch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`missing.img:` is said to be no image, not a file that could not be opened."""
+    monkeypatch.chdir(scratch)
+    assert main.run([verb, "missing.img:"]) == 2
+    wanted = "odirect: missing.img: there is no image file or block device missing.img\n"
+    assert capsys.readouterr().err == wanted
+    assert main.run([verb, ".:"]) == 2
+    assert capsys.readouterr().err.startswith("odirect: .: . is a directory")
+
+
 @pytest.mark.parametrize("name,status", [("missing", 2), (".", 2)])
 def test_what_cannot_be_told(name: str, status: int, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.run(["info", str(scratch / name)]) == status

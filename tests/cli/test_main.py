@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,16 @@ def test_help_lists_the_verbs(arguments: list[str], capsys: pytest.CaptureFixtur
     assert status == 0 or not arguments  # without any, click has called it both right and wrong
     for verb, words in main.VERBS.items():
         assert verb in captured.out + captured.err and words.split()[0] in captured.out + captured.err
+
+
+def test_help_has_every_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of all errors, of signals, and of what is neither."""
+    assert main.run(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.partition("Exit status:")[2].split())
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.ODirectError)]
+    assert len(kinds) > 15
+    for status in {0, 1, 129, 130, 141, 143} | {kind.exit_code for kind in kinds}:
+        assert re.search(rf"(^|; |, ){status} (if )?[a-z]", text.strip()), status
 
 
 @pytest.mark.parametrize("verb", sorted(main.VERBS))

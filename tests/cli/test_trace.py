@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 from pathlib import Path
@@ -32,6 +33,36 @@ def traced(*arguments: object) -> subprocess.CompletedProcess[bytes]:
 
 
 # --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["--json", "--perfetto"])
+def test_a_trace_to_standard_output(option: str, source: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`-` is no file; the trace comes after what the verb says."""
+    monkeypatch.chdir(scratch)
+    done = traced(option, "-", "--", "cp", "--json", source, scratch / "target")
+    assert done.returncode == 0, done.stderr
+    assert not (scratch / "-").exists() and (scratch / "target").read_bytes() == DATA
+    report, _, rest = done.stdout.decode().partition("\n")
+    assert json.loads(report)["bytes_copied"] == len(DATA)
+    if option == "--json":
+        assert {json.loads(line)["kind"] for line in rest.splitlines()} >= {"request", "bio", "end"}
+    else:
+        assert json.loads(rest)["traceEvents"]
+
+
+def test_not_both_to_standard_output(source: Path, scratch: Path) -> None:
+    done = traced("--json", "-", "--perfetto", "-", "--", "cp", source, scratch / "target")
+    assert done.returncode == 2 and b"both" in done.stderr and not (scratch / "target").exists()
+
+
+def test_odd_names_in_a_trace(scratch: Path) -> None:
+    """A name that is no UTF-8 has its bytes in hexadecimal beside it."""
+    name = os.fsencode(scratch) + b"/\xff"
+    with open(name, "wb") as file:
+        file.write(DATA)
+    for option in ("--json", "--perfetto"):
+        done = traced(option, "-", "--", "cp", "-q", os.fsdecode(name), scratch / "target")
+        assert f'"file_hex": "{name.hex()}"' in done.stdout.decode(), done.stderr
 
 
 def test_a_copy_under_trace(source: Path, scratch: Path) -> None:

@@ -91,6 +91,11 @@ def test_wrong_calls(arguments: list[str], message: str, image: Path, capsys: py
     assert message in " ".join(refused(capsys, 2, "bench", f"{image}:/file", *arguments).split())
 
 
+def test_what_is_not_aligned_is_named(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, 3, "bench", f"{image}:/file", "--bs", "100", "--access", "strict", "--number", 5)
+    assert message.startswith(f"odirect: {image}:/file: ")
+
+
 def test_what_is_not_there(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "No such file" in refused(capsys, 2, "bench", f"{image}:/nothing")
     refused(capsys, 2, "bench", f"{image}:/lost+found")

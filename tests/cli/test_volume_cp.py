@@ -16,6 +16,7 @@ from tests.cli.images import MIB, change, contents, debugfs, fsck, image_in, odi
 from tests.cli.test_main import STARTER
 from tests.loops import loop_device, mounted, needs_loop, needs_root
 
+import odirect as odirect_package
 from odirect.cli import volume_cp
 
 DATA = some_bytes(3 * MIB + 7)
@@ -249,10 +250,14 @@ def test_between_volumes_with_a(tree: Path, image: Path, scratch: Path) -> None:
 
 def test_r_makes_new_files(tree: Path, image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Modes less the special bits and the umask; hard links become files, symbolic ones stay."""
-    assert odirect("cp", "-r", tree, f"{image}:/t") == 0
+    before = os.umask(0o027)
+    try:
+        assert odirect("cp", "-r", tree, f"{image}:/t") == 0
+    finally:
+        os.umask(before)
     assert "files and" in capsys.readouterr().err
     found = {entry["path"]: entry for entry in told(capsys, "ls", "-R", "--json", f"{image}:/t")}
-    assert found["/t/big"]["permissions"] == "0755" and found["/t/sub"]["permissions"] == "0777"
+    assert found["/t/big"]["permissions"] == "0750" and found["/t/sub"]["permissions"] == "0750"
     assert found["/t/small"]["links"] == found["/t/sub/hard"]["links"] == 1
     assert found["/t/sub/link"]["target"] == "../big"
     assert found["/t/big"]["uid"] == os.geteuid() and found["/t/big"]["mtime_ns"] > 10**18 + 10**10
@@ -263,6 +268,54 @@ def test_r_makes_new_files(tree: Path, image: Path, scratch: Path, capsys: pytes
         os.umask(before)
     assert stat.S_IMODE((scratch / "out" / "big").stat().st_mode) == 0o750
     assert (scratch / "out" / "sub" / "hard").read_bytes() == b"small"
+
+
+def test_files_that_are_made_while_they_are_read(
+    image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A size of 0 says nothing about a file of /proc; one that is empty stays so."""
+    (scratch / "empty").touch()
+    expected = Path("/proc/version").read_bytes()
+    assert odirect("cp", "-q", "/proc/version", f"{image}:/version") == 0
+    assert odirect("cp", "-q", scratch / "empty", f"{image}:/empty") == 0
+    with odirect_package.open_volume(image, "r+") as volume:
+        assert volume.read_bytes("/version") == expected and volume.read_bytes("/empty") == b""
+        volume.copy_in("/proc/version", "/alone")
+        volume.copy_in("/proc/sys/kernel/random/", "/tree", attributes=False)
+        assert volume.read_bytes("/alone") == expected
+        assert volume.read_bytes("/tree/poolsize") == Path("/proc/sys/kernel/random/poolsize").read_bytes()
+    fsck(image)
+
+
+def test_what_did_not_go_direct_in_a_tree_has_a_reason(
+    image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small files, into a volume, out of it, and from one to another."""
+    (scratch / "tree").mkdir()
+    for number in range(3):
+        (scratch / "tree" / f"{number}").write_bytes(b"x" * 5000)
+    for source, target in (
+        (scratch / "tree", f"{image}:/t"),
+        (f"{image}:/t", scratch / "out"),
+        (f"{image}:/t", f"{image}:/again"),
+    ):
+        found = told(capsys, "cp", "-r", "--json", source, target)
+        outcomes = [*found["reads"], *found["writes"]]
+        assert sum(outcome["bytes"] for outcome in outcomes) == 2 * 15_000
+        assert all(outcome["kind"] == "direct" or outcome["reason"] for outcome in outcomes)
+        assert "small file" in {outcome["reason"] for outcome in outcomes}
+
+
+@pytest.mark.parametrize("mask,wanted", [(0o022, "0644"), (0o077, "0600")])
+def test_the_mode_of_what_a_pipe_gives(
+    mask: int, wanted: str, image: Path, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on the host: what everybody may do, less the umask."""
+    for target in (scratch / "host", f"{image}:/piped"):
+        subprocess.run([*STARTER, "cp", "-q", "-", target], input=b"x", umask=mask, check=True)
+    assert f"{stat.S_IMODE((scratch / 'host').stat().st_mode):04o}" == wanted
+    (found,) = told(capsys, "stat", "--json", f"{image}:/piped")
+    assert found["permissions"] == wanted
 
 
 def test_a_tree_goes_into_what_is_there(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,10 +72,50 @@ def test_info_says_why_it_cannot_be_written(image: Path, capsys: pytest.CaptureF
 
 def test_info_of_ext3_and_of_what_is_not_ours(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with made_image("ext3", directory=scratch) as image:
-        assert "journal" in said(capsys, "info", f"{image}:")
+        out = said(capsys, "info", f"{image}:")
+        assert "journal" in out and out.startswith(f"{image}: an ext3 volume, ")
+        assert told(capsys, "info", "--json", f"{image}:")["kind"] == "ext3"
+        assert said(capsys, "check", image) == f"{image}: ext3, clean\n"
         assert "journal" in refused(capsys, 6, "mkdir", f"{image}:/x")
     with made_image("ext4", directory=scratch) as image:
         assert "extent" in refused(capsys, 8, "info", f"{image}:")
+
+
+@pytest.mark.parametrize("kind,reason", [("ext3", "needs_recovery"), ("ext4", "extents (ext4)")])
+def test_info_of_what_cannot_be_opened(
+    kind: str, reason: str, scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its superblock says, as dumpe2fs has it, why that is all, and the status of the refusal."""
+    with made_image(kind, directory=scratch, mkfs=("-L", "the label")) as image:
+        if kind == "ext3":
+            change(image, "feature needs_recovery")
+        shown = {}
+        for line in run("dumpe2fs", "-h", image).splitlines():
+            name, _, value = line.partition(":")
+            shown[name] = value.strip()
+        assert odirect("info", "--json", f"{image}:") == 8
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"odirect: {image}: ") and reason in captured.err
+        found = json.loads(captured.out)
+        assert found["kind"] == kind and found["label"] == "the label" and found["image"] == str(image)
+        assert found["uuid"] == shown["Filesystem UUID"]
+        assert found["blocks"] == int(shown["Block count"]) and found["free_blocks"] == int(shown["Free blocks"])
+        assert found["files"] == int(shown["Inode count"]) and found["free_files"] == int(shown["Free inodes"])
+        assert found["block_bytes"] == int(shown["Block size"]) and found["inode_bytes"] == int(shown["Inode size"])
+        assert set(found["features"]) == set(shown["Filesystem features"].split())
+        assert found["size_bytes"] == found["blocks"] * found["block_bytes"]
+        assert found["readable"] is found["writable"] is False and reason in found["why_not_readable"]
+        assert odirect("info", f"{image}:/some/file") == 8
+        captured = capsys.readouterr()
+        assert captured.out.startswith(f"{image}: an {kind} volume, ") and "the label" in captured.out
+        assert reason in captured.out and reason in captured.err
+
+
+def test_info_has_the_whole_size(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All blocks, those that the file system takes for itself included, whatever `statfs` leaves out."""
+    found = told(capsys, "info", "--json", f"{image}:")
+    assert found["size_bytes"] == 32 * MIB and found["blocks"] == 8192
+    assert found["readable"] is True and found["why_not_readable"] == ""
 
 
 # --- check ----------------------------------------------------------------------------------------

@@ -38,6 +38,13 @@ def test_a_new_file(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fsck(image)
 
 
+@pytest.mark.parametrize("size", ["8E", "999E"])
+def test_more_than_a_file_can_have(size: str, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, 2, "mkfs", "ext2", scratch / "new.img", "--size", size)
+    assert "--size" in message and f"{size} is more than" in message
+    assert not (scratch / "new.img").exists()
+
+
 @pytest.mark.parametrize("block,inode", [(1024, 128), (2048, 256), (4096, 256)])
 def test_sizes_of_blocks_and_inodes(block: int, inode: int, scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = scratch / "new.img"

@@ -69,6 +69,17 @@ def test_an_ordinary_path(text: str, here: Path) -> None:
     assert places.parse(text) is None
 
 
+def test_what_is_there_cannot_be_a_new_file(here: Path) -> None:
+    """A colon at the end names an image, unless there is such a file, or one is to be made."""
+    for text in ("new:", "deep:/er/new:"):
+        assert places.parse(text) is None
+        with pytest.raises(MissingError, match="no image file or block device"):
+            places.parse(text, is_there=True)
+    for text in ("plain:", "./new:", "new:file", "-"):
+        assert places.parse(text, is_there=True) is None
+    assert places.parse("disk.img:", is_there=True) == ("disk.img", b"/")
+
+
 def test_a_relative_path_with_a_colon_means_a_volume_to_verbs_of_volumes(here: Path) -> None:
     assert places.in_volume("./disk.img:/x") == ("./disk.img", b"/x")
     assert places.in_volume("both:/there") == ("both", b"/there")

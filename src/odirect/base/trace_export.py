@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 
 from odirect.base.trace import Event, Tracer
 
@@ -18,7 +19,7 @@ def json_lines(tracer: Tracer) -> Iterator[str]:
     A line is an object with `request`, `kind`, `time_ns` and the fields of its kind (`docs/trace.md`).
     """
     for number, kind, time_ns, fields in tracer.events:
-        yield _json({"request": number, "kind": kind, "time_ns": time_ns, **fields}) + "\n"
+        yield _json({"request": number, "kind": kind, "time_ns": time_ns, **_exact(fields)}) + "\n"
     if tracer.dropped:
         yield _json({"request": 0, "kind": "dropped", "events": tracer.dropped, "limit": tracer.limit}) + "\n"
 
@@ -68,7 +69,7 @@ class _Rows:
             row = self._free_rows.pop() if self._free_rows else self._new_row()
             self._row_of[number] = row
             name = f"{fields['op']} {fields['length']} at {fields['offset']}"
-            yield from self._begun(("request", number), row, 0, name, {"request": number, **fields})
+            yield from self._begun(("request", number), row, 0, name, {"request": number, **_exact(fields)})
         elif kind == "end":
             yield self._ended(("request", number), fields)
             self._free_rows.append(self._row_of[number])
@@ -115,6 +116,15 @@ def _number(value: object) -> int:
     if not isinstance(value, int):
         raise TypeError(f"{value!r} is no number of a bio or wait")
     return value
+
+
+def _exact(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields, and beside names that are no UTF-8 their bytes in hexadecimal."""
+    found = dict(fields)
+    for key, value in fields.items():
+        if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+            found[f"{key}_hex"] = os.fsencode(value).hex()
+    return found
 
 
 def _json(value: object) -> str:

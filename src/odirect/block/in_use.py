@@ -2,14 +2,18 @@
 
 A volume that is mounted and written behind its file system's back is lost, so everything that the
 kernel tells is asked: mounts, swap, devices stacked on top, loop devices, and at last O_EXCL, by which
-the kernel refuses a block device that anybody in it has claimed (also in another mount namespace).
+the kernel refuses a block device that anybody in it has claimed (also in another mount namespace). A file
+is also in use while somebody has locked it (flock), as one that has a volume in it open does. Locks are looked up
+in /proc/locks and never tried, so that nobody who wants one meanwhile is refused; what that does not show (the
+locks of another machine, and, from inside a PID namespace, of what is outside it) is not found.
 All but O_EXCL and the loop devices' exact answer work without privileges. What is found is true for
 the moment of asking; a caller who goes on to write holds the device open with O_EXCL.
-Source: open(2) under O_EXCL, proc_pid_mountinfo(5), loop(4), F34.
+Source: open(2) under O_EXCL, proc_pid_mountinfo(5), proc_locks(5), loop(4), F34.
 """
 
 from __future__ import annotations
 
+import collections
 import enum
 import errno
 import fcntl
@@ -36,6 +40,7 @@ class Use(enum.StrEnum):
     SWAP = "swap"
     HOLDER = "holder"
     LOOP = "loop"
+    LOCK = "lock"
     EXCLUSIVE = "exclusive"
 
 
@@ -44,7 +49,8 @@ class Claim(NamedTuple):
 
     device   the kernel's name of the device that is used ("loop0p1"), or the path of a file
     use      in which way
-    by       the mount point, the device stacked on top or the loop device; "" for swap and EXCLUSIVE
+    by       the mount point, the device stacked on top, the loop device or who has locked it; "" for swap
+             and EXCLUSIVE
     detail   a sentence about it, with what to do
     """
 
@@ -73,8 +79,9 @@ def check_unused(path_or_fd: str | bytes | os.PathLike[str] | int, *, what: str,
 def claims(path_or_fd: str | bytes | os.PathLike[str] | int, *, exclusive: bool = True) -> list[Claim]:
     """Everybody who uses this block device (with its partitions, or the disk it is part of) or file.
 
-    A file is used by the loop devices over it, with what those are used for, and as swap. Symbolic
-    links are followed. Raises as `check_unused` does, but for InUseError.
+    A file is used by the loop devices over it, with what those are used for, as swap, and by whoever has locked
+    it, unless that is this process itself otherwise than for a volume. Symbolic links are followed. Raises as
+    `check_unused` does, but for InUseError.
     """
     try:
         info = os.stat(path_or_fd)
@@ -89,8 +96,23 @@ def claims(path_or_fd: str | bytes | os.PathLike[str] | int, *, exclusive: bool 
         return found
     if stat.S_ISREG(info.st_mode):
         name = _name_of(path_or_fd) if isinstance(path_or_fd, int) else os.fsdecode(path_or_fd)
-        return _claims_of_file(name, info)
+        return _claims_of_file(name, info) + _lock_claims(name, path_or_fd, info)
     return []
+
+
+def suspects() -> set[int]:
+    """The inode numbers, on whatever file system, of files that somebody may be using now.
+
+    For who replaces many files and asks `check_unused` of these alone.
+    """
+    found = {lock.ino for lock in _locks_in(f"{sysfs.PROC}/locks", "")}
+    found.update(loop.ino for loop in _loops())
+    for path in sysfs.swaps():
+        try:
+            found.add(os.stat(path).st_ino)
+        except OSError:
+            continue  # deleted, or not to be seen from here
+    return found
 
 
 # --- block devices -------------------------------------------------------------------------------
@@ -194,6 +216,132 @@ def _claims_of_file(name: str, info: os.stat_result) -> list[Claim]:
         if (swap.st_dev, swap.st_ino) == (info.st_dev, info.st_ino):
             found.append(Claim(name, Use.SWAP, "", f"it is used as swap; turn that off first (swapoff {path})"))
     return found
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+#: How many volumes this process has open on each file, by its device and inode.
+_volumes: collections.Counter[tuple[int, int]] = collections.Counter()
+
+
+class _Lock(NamedTuple):
+    """A lock on a file by flock. pid: who took it, 0 if that cannot be told; a child may have it by now."""
+
+    exclusive: bool
+    pid: int
+    dev: int
+    ino: int
+
+
+def volume_opened(dev: int, ino: int) -> None:
+    """This process has locked this file for a volume: the lock counts here too, until `volume_closed`."""
+    _volumes[dev, ino] += 1
+
+
+def volume_closed(dev: int, ino: int) -> None:
+    """The end of what `volume_opened` began."""
+    _volumes[dev, ino] -= 1
+    if _volumes[dev, ino] <= 0:
+        del _volumes[dev, ino]
+
+
+def lock_holder(fd: int) -> str:
+    """Who has locked an open file by flock, as far as the kernel tells: "process 12 (python)"."""
+    locks = _locks_on(fd, os.fstat(fd))
+    return _holder(next((lock for lock in locks if lock.exclusive), locks[0] if locks else None))
+
+
+def _lock_claims(name: str, path_or_fd: str | bytes | os.PathLike[str] | int, info: os.stat_result) -> list[Claim]:
+    """Whoever has locked a file. A caller's own locks are his to heed, but for those of our volumes."""
+    locks = _locks_on(path_or_fd, info)
+    if locks and (info.st_dev, info.st_ino) not in _volumes:
+        own = _own_locks()
+        locks = [lock for lock in locks if lock not in own]
+    found = []
+    for lock in sorted(locks, key=lambda lock: not lock.exclusive):
+        holder = _holder(lock)
+        way = "locked it (flock)" if lock.exclusive else "locked it (flock) for reading"
+        detail = f"{holder} has {way}, as one that has a volume open does; close that first"
+        found.append(Claim(name, Use.LOCK, holder, detail))
+    return found
+
+
+def _locks_on(path_or_fd: str | bytes | os.PathLike[str] | int, info: os.stat_result) -> list[_Lock]:
+    """The locks on a file that /proc/locks shows."""
+    locks = [lock for lock in _locks_in(f"{sysfs.PROC}/locks", "") if lock.ino == info.st_ino]
+    if not locks:
+        return []
+    devices = {info.st_dev}
+    if any(lock.dev not in devices for lock in locks):
+        # The kernel shows the number of the file system, which for a btrfs subvolume is not that of its files.
+        devices |= _file_system_numbers(path_or_fd)
+    return [lock for lock in locks if lock.dev in devices]
+
+
+def _own_locks() -> set[_Lock]:
+    """The locks that this process has through its own descriptors, also inherited ones."""
+    found: set[_Lock] = set()
+    directory = f"{sysfs.PROC}/self/fdinfo"
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return found
+    for name in names:
+        found.update(_locks_in(f"{directory}/{name}", "lock:"))
+    return found
+
+
+def _locks_in(path: str, start: str) -> list[_Lock]:
+    """The locks by flock in the lines of a /proc file that begin with `start`; [] if it cannot be read."""
+    try:
+        with io.FileIO(path) as file:
+            text = file.readall() or b""
+    except OSError:
+        return []
+    found = []
+    for line in text.decode("ascii", "replace").splitlines():
+        if not line.startswith(start):
+            continue
+        # "1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF"; one that is only waited for has "->" after the number.
+        fields = line[len(start) :].split()
+        if len(fields) < 6 or fields[1] != "FLOCK":
+            continue
+        major, _, rest = fields[5].partition(":")
+        minor, _, inode = rest.partition(":")
+        try:
+            dev = os.makedev(int(major, 16), int(minor, 16))
+            found.append(_Lock(fields[3] == "WRITE", max(0, int(fields[4])), dev, int(inode)))
+        except ValueError:
+            continue
+    return found
+
+
+def _file_system_numbers(path_or_fd: str | bytes | os.PathLike[str] | int) -> set[int]:
+    """The device number that the mount of a file has in mountinfo, if it can be found out."""
+    opened = -1
+    try:
+        if isinstance(path_or_fd, int):
+            fd = path_or_fd
+        else:
+            fd = opened = os.open(path_or_fd, os.O_PATH | os.O_CLOEXEC)
+        text = sysfs.read_text(f"{sysfs.PROC}/self/fdinfo/{fd}") or ""
+    except OSError:
+        return set()
+    finally:
+        if opened >= 0:
+            os.close(opened)
+    ids = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("mnt_id:")]
+    return {mount.dev for mount in sysfs.mounts() if str(mount.mount_id) in ids}
+
+
+def _holder(lock: _Lock | None) -> str:
+    """Who took a lock, as it is shown to people."""
+    if lock is None or not lock.pid:
+        return "another process"
+    if lock.pid == os.getpid():
+        return "this very process"
+    name = sysfs.read_text(f"{sysfs.PROC}/{lock.pid}/comm")
+    return "another process" if name is None else f"process {lock.pid} ({name})"
 
 
 # --- loop devices --------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from odirect.base.errors import NotDirectError, UnsupportedError, from_errno
+from odirect.base.errors import NotDirectError, ODirectError, UnsupportedError, from_errno
 from odirect.base.units import KIB, MIB, format_bytes
 from odirect.cli import common, places, volume_bench
+from odirect.cli.places import VolumePlace
 
 if TYPE_CHECKING:
     from odirect.benchmark import Cache, Measured, Work
@@ -134,7 +135,11 @@ def command(
       odirect bench new.bin --rw write --size 1G --end-sync
       odirect bench disk.img:/data.bin --rw randread --iodepth 64
     """
-    place = places.parse(file)
+    place = places.parse(file, is_there=not rw.endswith("write"))
+    if size is not None and offset + size > common.MOST_BYTES:
+        raise click.UsageError(
+            f"--offset and --size end past {common.exact(common.MOST_BYTES)}, which is more than a file can have"
+        )
     if place is not None:
         volume_bench.check_options(place, engine, jobs, writes=rw.endswith("write"))
     is_random = rw.startswith("rand")
@@ -142,7 +147,7 @@ def command(
     if iodepth is None:
         iodepth = 1 if engine == "sync" else 32 if is_random else 8
     engine = _chosen_engine(engine, iodepth, bs, compare=compare)
-    with _ring_forced(ring):
+    with _ring_forced(ring), _naming(file, place):
         # Only now: what is loaded may look at the environment.
         from odirect.benchmark import Cache, Stop, Work, drop_cached, measure, ring_in_use
 
@@ -204,7 +209,7 @@ def command(
             "engine": engine,
             "ring": kind,
             "ring_features": features._asdict(),
-            "file": file,
+            **common.told_path(file, "file"),
             "rw": rw,
             "bs": bs,
             "iodepth": iodepth,
@@ -266,6 +271,20 @@ def _ring_forced(ring: str | None) -> Iterator[None]:
             del os.environ["ODIRECT_RING"]
         else:
             os.environ["ODIRECT_RING"] = before
+
+
+@contextlib.contextmanager
+def _naming(file: str, place: VolumePlace | None) -> Iterator[None]:
+    """Errors from inside that name no file, or a path in a volume alone, name what is measured."""
+    try:
+        yield
+    except ODirectError as error:
+        name = error.filename
+        if name is None:
+            error.filename = common.shown(file)
+        elif place is not None and (isinstance(name, bytes) or name == os.fsdecode(place.path)):
+            error.filename = str(place)
+        raise
 
 
 def _prepared(path: str, rw: str, size: int | None, start: int, *, overwrite: bool) -> int:

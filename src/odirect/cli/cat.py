@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 from typing import Literal
 
 import click
 
+from odirect.base.errors import from_errno
 from odirect.cli import common, places
 from odirect.cli.sessions import Volumes
+from odirect.cli.standard import STDIN, STDOUT
 
-_STDOUT = 1
+_PIECE_BYTES = 1 << 20
 
 
 @click.command("cat")
@@ -20,7 +25,7 @@ _STDOUT = 1
 def command(files: tuple[str, ...], offset: int, length: int | None, strict: bool) -> None:
     """Write files or block devices to standard output, past the page cache.
 
-    IMAGE:/PATH is a file in the volume that an image file or block device holds.
+    IMAGE:/PATH is a file in the volume that an image file or block device holds; - is standard input.
     Offset and length hold for each file, and need not be aligned. What lies past the end is left out.
 
     \b
@@ -32,12 +37,42 @@ def command(files: tuple[str, ...], offset: int, length: int | None, strict: boo
     access: Literal["auto", "strict"] = "strict" if strict else "auto"
     with Volumes() as volumes:
         for path in files:
-            place = places.parse(path)
-            if place is not None:
+            place = places.parse(path, is_there=True)
+            if path == common.STDIO:
+                if strict:
+                    raise click.UsageError("--strict is for files and devices; standard input comes as it does")
+                _pass_on(offset, length)
+            elif place is not None:
                 from odirect.cli.volume_cat import write_out
 
                 write_out(volumes, place, offset=offset, length=length, access=access)
             else:
                 from odirect.copying import copy_out
 
-                copy_out(path, _STDOUT, offset=offset, length=length, access=access)
+                copy_out(path, STDOUT, offset=offset, length=length, access=access)
+
+
+def _pass_on(offset: int, length: int | None) -> None:
+    """Write bytes [offset, offset + length) of standard input to standard output, each piece when it is there."""
+    from odirect.cli.volume_cat import write_full
+    from odirect.sched.interrupts import Interrupts
+
+    left = length
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    with Interrupts() as interrupts:
+        while left is None or left > 0:
+            wanted = offset or left or _PIECE_BYTES
+            interrupts.wait_for(STDIN, select.POLLIN)
+            try:
+                count = os.readv(STDIN, [buffer[:wanted]])
+            except BlockingIOError:
+                continue  # Somebody else reads it, too, and was quicker.
+            except OSError as error:
+                raise from_errno(error.errno or errno.EIO, "reading the stream", common.STDIO) from error
+            if not count:
+                return
+            if offset:
+                offset -= count
+                continue
+            interrupts.allowed(lambda view=buffer[:count]: write_full(view))  # type: ignore[misc]
+            left = None if left is None else left - count

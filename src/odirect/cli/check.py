@@ -31,6 +31,7 @@ def command(ctx: click.Context, image: str, all_findings: bool, as_json: bool) -
       odirect check disk.img
       odirect check --json /dev/sdb1
     """
+    from odirect.cli.volume_info import family
     from odirect.volumes import open_volume
 
     image = places.image(image)
@@ -38,13 +39,13 @@ def command(ctx: click.Context, image: str, all_findings: bool, as_json: bool) -
     about = ""
     try:
         with open_volume(image) as volume:
-            about = volume.kind
+            about = family(volume.file_system)
             found = [_as_told(finding) for finding in volume.check()]
     except CorruptionError as error:
         # So bad that it cannot be gone on from there.
         found = [{"structure": "", "addr": None, "found": error.message, "expected": "", "repaired_by": ""}]
     if as_json:
-        common.print_json({"image": common.shown(image), "kind": about, "clean": not found, "findings": found})
+        common.print_json({**common.told_path(image, "image"), "kind": about, "clean": not found, "findings": found})
     else:
         lines = _lines(image, about, found, len(found) if all_findings else _SHOWN_FINDINGS)
         click.echo("\n".join(lines).encode("utf-8", "replace"))

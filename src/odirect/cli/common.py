@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from odirect.dio.outcome import Outcome, Tally
 
 STDIO = "-"
+#: Where a file's last byte can be at most: the kernel's offsets have a sign.
+MOST_BYTES = (1 << 63) - 1
 
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Size(_IntParam):
 
     name = "size"
 
-    def __init__(self, *, least: int = 0, most: int | None = None) -> None:
+    def __init__(self, *, least: int = 0, most: int = MOST_BYTES) -> None:
         self._least = least
         self._most = most
 
@@ -44,8 +46,8 @@ class Size(_IntParam):
             self.fail(str(error), param, ctx)
         if size < self._least:
             self.fail(f"{value} is less than {format_bytes(self._least)}", param, ctx)
-        if self._most is not None and size > self._most:
-            self.fail(f"{value} is more than {format_bytes(self._most)}", param, ctx)
+        if size > self._most:
+            self.fail(f"{value} is more than {exact(self._most)}", param, ctx)
         return size
 
 
@@ -59,6 +61,19 @@ def path_argument(
 def shown(path: str) -> str:
     """A path as it can be printed: names that are not UTF-8 included."""
     return os.fsencode(path).decode("utf-8", "replace")
+
+
+def told(name: bytes, key: str = "name") -> dict[str, str]:
+    """A name for JSON; where it is no UTF-8, its bytes in hexadecimal are beside it."""
+    try:
+        return {key: name.decode()}
+    except UnicodeDecodeError:
+        return {key: name.decode("utf-8", "replace"), f"{key}_hex": name.hex()}
+
+
+def told_path(path: str, key: str = "path") -> dict[str, str]:
+    """The same for a path of this machine, or a part of the command line."""
+    return told(os.fsencode(path), key)
 
 
 def exact(count: int) -> str:

@@ -9,11 +9,10 @@ import click
 
 from odirect.base.units import format_bytes
 from odirect.cli import common, places
+from odirect.cli.standard import STDIN, STDOUT
 
 if TYPE_CHECKING:
     from odirect.copying import CopyReport
-
-_STDIN, _STDOUT = 0, 1
 
 
 class _Asked(NamedTuple):
@@ -70,6 +69,8 @@ def command(sources: tuple[str, ...], target: str, **asked: Any) -> None:
 
     IMAGE:/PATH is a path in the volume that an image file or block device holds, which is neither mounted
     nor to be mounted for this; IMAGE: is its root. A path that begins with ./ is always an ordinary one.
+    Small files of a tree are read and made many at a time: on this machine through its page cache, unless
+    --strict is given. --json says of each outcome why.
 
     \b
     Examples:
@@ -82,7 +83,7 @@ def command(sources: tuple[str, ...], target: str, **asked: Any) -> None:
       odirect cp -r old.img:/home /dev/sdb1:/
     """
     wishes = _Asked(**asked)
-    if any(places.parse(path) is not None for path in (*sources, target)):
+    if any(places.parse(path, is_there=True) is not None for path in sources) or places.parse(target) is not None:
         _copy_in_volumes(sources, target, wishes)
     else:
         _copy_files(sources, target, wishes)
@@ -156,10 +157,10 @@ def _copy(source: str, target: str, options: dict[str, Any], sparse: bool, progr
     with common.progress_bar(common.shown(source), progress) as told:
         if target == common.STDIO:
             if source == common.STDIO:
-                raise click.UsageError("from standard input to standard output: use cat")
-            return copying.copy_out(source, _STDOUT, progress=told, **options)
+                raise click.UsageError("from standard input to standard output: use `odirect cat -`")
+            return copying.copy_out(source, STDOUT, progress=told, **options)
         if source == common.STDIO:
-            return copying.copy_in(_STDIN, target, progress=told, **options)
+            return copying.copy_in(STDIN, target, progress=told, **options)
         return copying.copy(source, target, sparse=sparse, progress=told, **options)
 
 
@@ -178,8 +179,8 @@ def _line(source: str, report: CopyReport, what: str = "") -> str:
 
 def _as_json(source: str, report: CopyReport) -> dict[str, object]:
     return {
-        "source": common.shown(source),
-        "target": common.shown(report.target),
+        **common.told_path(source, "source"),
+        **common.told_path(report.target, "target"),
         "bytes_copied": report.bytes_copied,
         "bytes_skipped": report.bytes_skipped,
         "seconds": report.seconds,

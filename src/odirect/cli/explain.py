@@ -98,7 +98,7 @@ def command(file: str, bs: int, offset: int, all_extents: bool, as_json: bool) -
       odirect explain --json /dev/sdb
       odirect explain disk.img:/var/lib/data.db --bs 8k
     """
-    place = places.parse(file)
+    place = places.parse(file, is_there=True)
     found: Explanation | volume_explain.Explanation
     if place is None:
         found = explain(file, bs, offset)
@@ -129,7 +129,7 @@ class Explanation(NamedTuple):
         """Ready for JSON."""
         return {
             **self.alignment.as_dict(),
-            "path": common.shown(self.path),
+            **common.told_path(self.path),
             "size_bytes": self.size,
             "extents": None if self.pieces is None else [piece._asdict() for piece in self.pieces],
             "why_no_extents": self.why_no_pieces,

@@ -43,7 +43,8 @@ def command(path: str, as_json: bool) -> None:
     """Say what direct I/O on a file or block device demands, each figure with its source.
 
     IMAGE: is the volume that an image file or block device holds: what it is, how full, whether it is
-    clean and whether it can be written. IMAGE:/PATH says so of a file in it, too.
+    clean and whether it can be written. IMAGE:/PATH says so of a file in it, too. Of a volume that cannot be
+    opened here it says what is known, and why it cannot; the exit status is that of the refusal.
 
     \b
     Examples:
@@ -51,15 +52,17 @@ def command(path: str, as_json: bool) -> None:
       odirect info --json /dev/nvme0n1
       odirect info disk.img:
     """
-    place = places.parse(path)
+    place = places.parse(path, is_there=True)
     if place is not None:
         from odirect.cli import volume_info
 
-        in_volume = volume_info.gather(place)
+        in_volume, refusal = volume_info.gather(place)
         if as_json:
             common.print_json(in_volume)
         else:
             click.echo("\n".join(volume_info.lines(in_volume)).encode("utf-8", "replace"))
+        if refusal is not None:
+            raise refusal
         return
     found = gather(path)
     if as_json:
@@ -78,7 +81,7 @@ def gather(path: str) -> dict[str, Any]:
     rings = available()
     return {
         **alignment.as_dict(),
-        "path": common.shown(path),
+        **common.told_path(path),
         **_sizes(path),
         "in_use": [
             {"device": claim.device, "use": claim.use.value, "by": claim.by, "detail": claim.detail}

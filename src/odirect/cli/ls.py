@@ -193,15 +193,15 @@ class _Listing:
 
     def _as_told(self, entry: _Listed, volumes: Volumes) -> dict[str, Any]:
         told: dict[str, Any] = {
-            "image": common.shown(entry.place.image),
-            **names.told(entry.place.path, "path"),
-            **names.told(entry.place.name),
+            **common.told_path(entry.place.image, "image"),
+            **common.told(entry.place.path, "path"),
+            **common.told(entry.place.name),
         }
         if entry.attributes is not None:
             told |= names.attributes_as_json(entry.attributes)
             target = self._target(entry, volumes)
             if target is not None:
-                told |= names.told(target, "target")
+                told |= common.told(target, "target")
         return told
 
 

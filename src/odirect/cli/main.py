@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from typing import cast
 import click
 
 from odirect.base.errors import ODirectError
+from odirect.cli import standard
 
 #: Each verb is the attribute `command` of the module of its name, imported when it is asked for.
 VERBS = {
@@ -88,9 +87,10 @@ def cli() -> None:
       odirect explain data.bin
       odirect bench data.bin --rw randread --bs 4k --iodepth 32
 
-    Exit status: 0 if all went well; 2 for a wrong call or path; 3 misaligned; 4 not direct though that
-    was demanded; 5 the device failed; 6 in use or read-only; 7 damaged on disk; 8 not supported; 9 no
-    space; 10 what was read back differs; 130 if interrupted.
+    Exit status: 0 if all went well; 1 not enough memory; 2 for a wrong call or path; 3 misaligned; 4 not
+    direct though that was demanded; 5 the device failed; 6 in use or read-only; 7 damaged on disk; 8 not
+    supported; 9 no space; 10 what was read back differs; 11 it would have had to wait; 129 if the terminal
+    hung up, 130 if interrupted, 141 if nobody reads the output, 143 if it was terminated.
     """
 
 
@@ -109,12 +109,11 @@ def run(arguments: Sequence[str]) -> int:
         _say("interrupted")
         return _INTERRUPTED
     except ODirectError as error:
-        if error.errno == errno.EPIPE:
-            return _nobody_reads()
-        _say(str(error))
-        return error.exit_code
+        return _told(error)
+    except standard.OutputError as stop:
+        return _told(stop.error)
     except BrokenPipeError:
-        return _nobody_reads()
+        return _BROKEN_PIPE
     except ValueError as error:
         if "ODIRECT_RING" not in str(error):
             raise
@@ -132,6 +131,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
+    try:
+        standard.settle()
+    except ODirectError as error:
+        sys.exit(_told(error))
     sys.exit(run(sys.argv[1:]))
 
 
@@ -139,18 +142,16 @@ def _end(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _told(error: ODirectError) -> int:
+    """Say what went wrong; the status. Quiet, as `cat`, where whoever read our output has gone."""
+    if error.errno == errno.EPIPE:
+        return _BROKEN_PIPE
+    _say(str(error))
+    return error.exit_code
+
+
 def _say(message: str) -> None:
-    with contextlib.suppress(OSError):
-        click.echo(f"odirect: {message}".encode("utf-8", "replace"), err=True)
-
-
-def _nobody_reads() -> int:
-    """As `cat`, quiet: whoever read our output has gone. Python would complain when it flushes."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-    return _BROKEN_PIPE
+    click.echo(f"odirect: {message}".encode("utf-8", "replace"), err=True)
 
 
 if __name__ == "__main__":

@@ -411,14 +411,14 @@ def _free(chosen: Plan) -> int:
 def _as_told(image: str, made: _Made, wanted: _Wanted) -> dict[str, Any]:
     superblock = made.superblock
     told: dict[str, Any] = {
-        "image": common.shown(image),
+        **common.told_path(image, "image"),
         "kind": "ext2",
         "size_bytes": made.size_bytes,
         "block_bytes": 1024 << superblock.log_block_size,
         "blocks": superblock.blocks_count,
         "inodes": superblock.inodes_count,
         "inode_bytes": superblock.inode_size,
-        "label": wanted.label.decode("utf-8", "replace"),
+        **common.told(wanted.label, "label"),
         "uuid": str(wanted.identity),
     }
     if made.filled is not None:

@@ -57,14 +57,6 @@ def _coded(sign: str) -> str:
     return "".join(f"\\{byte:03o}" for byte in os.fsencode(sign))
 
 
-def told(name: bytes, key: str = "name") -> dict[str, str]:
-    """A name for JSON; where it is no UTF-8, its bytes in hexadecimal are beside it."""
-    try:
-        return {key: name.decode()}
-    except UnicodeDecodeError:
-        return {key: name.decode("utf-8", "replace"), f"{key}_hex": name.hex()}
-
-
 def long_row(attributes: Attributes, name: str, target: str | None, now_s: float) -> list[str]:
     """The fields of a line of `ls -ln`: mode, links, owner, group, size or device numbers, time, name -> target."""
     if stat.S_ISCHR(attributes.mode) or stat.S_ISBLK(attributes.mode):

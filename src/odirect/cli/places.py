@@ -31,7 +31,12 @@ class VolumePlace(NamedTuple):
     path: bytes
 
     def __str__(self) -> str:
-        return common.shown(f"{self.image}:{os.fsdecode(self.path)}")
+        return common.shown(self.exact)
+
+    @property
+    def exact(self) -> str:
+        """The path as it would be on a command line: bytes that are no UTF-8 as Python has them there."""
+        return f"{self.image}:{os.fsdecode(self.path)}"
 
     @property
     def name(self) -> bytes:
@@ -44,16 +49,19 @@ class VolumePlace(NamedTuple):
         return self._replace(path=self.path.rstrip(b"/") + b"/" + name)
 
 
-def parse(text: str) -> VolumePlace | None:
+def parse(text: str, *, is_there: bool = False) -> VolumePlace | None:
     """The path in a volume that `text` means, or None if it is an ordinary path, `-` included.
 
+    is_there: it is not to be made, so that nobody can mean a new file by `missing.img:`.
     Raises MissingError, saying what was not found, for what can be neither.
     """
     if text == common.STDIO or text.startswith(_HERE) or ":" not in text or os.path.lexists(text):
         return None
     found = _split(text)
-    if found is None and ":/" in text and not os.path.isdir(os.path.dirname(text)):
-        raise _nothing(text)
+    if found is None:
+        is_lost = ":/" in text and not os.path.isdir(os.path.dirname(text))
+        if is_lost or (is_there and text.endswith(":") and _before_colons(text)):
+            raise _nothing(text)
     return found
 
 
@@ -123,8 +131,10 @@ def _can_hold(mode: int) -> bool:
 
 def _nothing(text: str) -> MissingError | DirectoryError | UnsupportedError:
     """What is wrong with a path whose part before the colon is no image."""
-    before = _before_colons(text)[0][0]
+    before, after = _before_colons(text)[0]
     shown = common.shown(before)
+    if not after:
+        text = before
     if os.path.isdir(before):
         return DirectoryError(f"{shown} is a directory; an image file or block device was expected", path=text)
     if os.path.exists(before):

@@ -60,12 +60,16 @@ def _gather(
     attributes = volume.attributes(place.path, follow_symlinks=follow)
     target = volume.readlink(place.path) if attributes.kind is FileKind.SYMLINK else None
     xattrs = volume.xattrs(place.path, follow_symlinks=follow)
-    told: dict[str, Any] = {"image": common.shown(place.image), **names.told(place.path, "path")}
+    told: dict[str, Any] = {**common.told_path(place.image, "image"), **common.told(place.path, "path")}
     told |= names.attributes_as_json(attributes)
     told["block_bytes"] = attributes.block_bytes
     if target is not None:
-        told |= names.told(target, "target")
+        told |= common.told(target, "target")
     told["xattrs"] = {common.shown(os.fsdecode(name)): value.hex() for name, value in xattrs.items()}
+    # Names that are no UTF-8 may look alike there.
+    odd = {name.hex(): value.hex() for name, value in xattrs.items() if "name_hex" in common.told(name)}
+    if odd:
+        told["xattrs_hex"] = odd
     return told, attributes, target, xattrs
 
 

@@ -72,7 +72,8 @@ def command(
     """Run `odirect VERB ARGS...`, and show what each of its requests did, and when.
 
     The timeline goes to standard error when the verb has ended: bios as bars, waits, mappings and fallbacks
-    marked, and totals; where that is no terminal, a plain table. The status is the verb's.
+    marked, and totals; where that is no terminal, a plain table. The status is the verb's. As FILE, - is
+    standard output, after what the verb writes there.
     Transfers that otherwise are one system call, or go to the ring just as they are, take the general way while
     they are traced: the times are that way's, so `odirect trace -- bench` is slower than `odirect bench`.
 
@@ -88,6 +89,8 @@ def command(
         raise click.UsageError("trace cannot trace itself; name the verb that is to run")
     if verb not in main.VERBS:
         raise click.UsageError(f"{common.shown(verb)!r} is no verb; there are {', '.join(sorted(main.VERBS))}")
+    if json_path == perfetto_path == common.STDIO:
+        raise click.UsageError("--json and --perfetto cannot both go to standard output")
     files = [_Output(path) for path in (json_path, perfetto_path) if path is not None]
     try:
         for file in files:
@@ -125,7 +128,7 @@ def _traced(call: Callable[[], int], limit: int) -> tuple[int, Tracer]:
 
 
 class _Output:
-    """A file that the trace is written to; errors are ours, with its name."""
+    """A file that the trace is written to, or standard output; errors are ours, with its name."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -133,6 +136,8 @@ class _Output:
 
     def open(self) -> None:
         """Make it, empty."""
+        if self._path == common.STDIO:
+            return
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -141,6 +146,10 @@ class _Output:
 
     def write(self, pieces: Iterable[str]) -> None:
         """All of it, down to the kernel."""
+        if self._path == common.STDIO:
+            sys.stdout.buffer.writelines(piece.encode() for piece in pieces)
+            sys.stdout.buffer.flush()
+            return
         if self._file is None:
             raise RuntimeError("the file is not open")
         try:

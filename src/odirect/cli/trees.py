@@ -16,7 +16,7 @@ from odirect.base.errors import MissingError, NotDirectoryError, ODirectError, f
 from odirect.cli import common
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import is_same_image, naming
-from odirect.dio.outcome import Kind, Outcome, Promise, Tallies, Tally
+from odirect.dio.outcome import Kind, Outcome, Promise, Reason, Tallies, Tally
 from odirect.fs.base import NewFile
 from odirect.host_tree import set_xattrs
 from odirect.sched.clock import wall_ns
@@ -87,6 +87,7 @@ class Tree(Protocol):
     syncs_whole: bool
 
     def shown(self, path: bytes) -> str: ...
+    def exact(self, path: bytes) -> str: ...
     def status(self, path: bytes, *, follow: bool) -> os.stat_result | None: ...
     def below(self, path: bytes) -> Sequence[tuple[bytes, os.stat_result]]: ...
     def read_link(self, path: bytes) -> bytes: ...
@@ -130,6 +131,10 @@ class VolumeTree:
     def shown(self, path: bytes) -> str:
         """A path as the user would write it."""
         return str(self._place(path))
+
+    def exact(self, path: bytes) -> str:
+        """The same with all its bytes."""
+        return self._place(path).exact
 
     def is_same(self, other: Tree) -> bool:
         """Whether both are of one volume."""
@@ -197,7 +202,9 @@ class VolumeTree:
         """A file to be read."""
         content = self._fetched.pop(path, None)
         if content is not None:
-            return Fetched(content, Outcome(Kind.BOUNCED if self._volume.is_direct else Kind.BUFFERED))
+            return Fetched(
+                content, Outcome(Kind.BOUNCED if self._volume.is_direct else Kind.BUFFERED, Reason.SMALL_FILE)
+            )
         with naming(self._place(path)):
             return self._volume.open(path, "r", access=access)
 
@@ -289,7 +296,7 @@ class VolumeTree:
             inherits = changes.xattrs is not None and os.path.dirname(path) in self._inheriting
             if changes.xattrs or inherits:
                 missed += [f"{self.shown(path)}: {sentence}" for sentence in self.change(path, changes)]
-        way = Outcome(Kind.BOUNCED if volume.is_direct else Kind.BUFFERED, promise=Promise.DEVICE)
+        way = Outcome(Kind.BOUNCED if volume.is_direct else Kind.BUFFERED, Reason.SMALL_FILE, promise=Promise.DEVICE)
         return {way: Tally(len(files), sum(len(content) for _, content, _ in files))}, missed
 
     def sync(self, directory: bytes) -> None:
@@ -305,7 +312,11 @@ class HostTree:
 
     def shown(self, path: bytes) -> str:
         """A path as it can be printed."""
-        return common.shown(os.fsdecode(path))
+        return common.shown(self.exact(path))
+
+    def exact(self, path: bytes) -> str:
+        """The same with all its bytes."""
+        return os.fsdecode(path)
 
     def is_same(self, other: Tree) -> bool:
         """Whether both are of this machine."""
@@ -377,10 +388,15 @@ class HostTree:
     def open_source(self, path: bytes, access: Access, *, small: bool) -> Source:
         """A file or block device to be read."""
         if small and access != "strict":
-            return CachedFile(path, os.O_RDONLY)
-        from odirect.files import open as open_direct
+            file: Source = CachedFile(path, os.O_RDONLY)
+        else:
+            from odirect.files import open as open_direct
 
-        return open_direct(path, "r", access=access)
+            file = open_direct(path, "r", access=access)
+        if not file.size and (content := _made_while_read(path)):
+            file.close()
+            return Fetched(content, Outcome(Kind.BUFFERED, Reason.CACHED_BY_FS))
+        return file
 
     def make_file(self, path: bytes, access: Access, *, small: bool) -> Target:
         """A new file, to be written and read."""
@@ -463,6 +479,12 @@ class HostTree:
                 os.close(fd)
 
 
+def _made_while_read(path: bytes) -> bytes:
+    """What a file without a size gives: nothing, or what is made while it is read, as in /proc."""
+    with _answers("reading", path), open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
 class Fetched:
     """A small file that has been read already."""
 
@@ -518,14 +540,14 @@ class CachedFile:
         """Read into `buffer` from byte `offset`."""
         with _answers("reading", self._path):
             count = os.preadv(self._fd, [memoryview(buffer)], offset)  # type: ignore[arg-type]
-        self._tallies.add(Outcome(Kind.BUFFERED), count)
+        self._tallies.add(Outcome(Kind.BUFFERED, Reason.SMALL_FILE), count)
         return count
 
     def pwrite(self, buffer: object, offset: int) -> int:
         """Write `buffer` at byte `offset`."""
         with _answers("writing", self._path):
             count = os.pwritev(self._fd, [memoryview(buffer)], offset)  # type: ignore[arg-type]
-        self._tallies.add(Outcome(Kind.BUFFERED, promise=Promise.NONE), count)
+        self._tallies.add(Outcome(Kind.BUFFERED, Reason.SMALL_FILE), count)
         return count
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:

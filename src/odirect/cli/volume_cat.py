@@ -11,9 +11,9 @@ from odirect.base.units import align_down, align_up
 from odirect.block.buffers import empty
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import Volumes, naming
+from odirect.cli.standard import STDOUT
 from odirect.sched.interrupts import Interrupts
 
-_STDOUT = 1
 _CHUNK_BYTES = 4 << 20
 _BLOCK_BYTES = 4096
 
@@ -46,17 +46,18 @@ def write_out(
                 raise InUseError("it became shorter while it was read")
             begin(turn + 1)
             first = max(0, offset - start)
-            interrupts.allowed(lambda view=buffers[turn % 2][first:count]: _write_full(view))  # type: ignore[misc]
+            interrupts.allowed(lambda view=buffers[turn % 2][first:count]: write_full(view))  # type: ignore[misc]
 
 
-def _write_full(view: memoryview) -> None:
+def write_full(view: memoryview) -> None:
+    """Write all of `view` to standard output."""
     done = 0
     while done < len(view):
         try:
-            done += os.write(_STDOUT, view[done:])
+            done += os.write(STDOUT, view[done:])
         except BlockingIOError:
             poller = select.poll()
-            poller.register(_STDOUT, select.POLLOUT)
+            poller.register(STDOUT, select.POLLOUT)
             poller.poll()
         except OSError as error:
             raise from_errno(error.errno or 0, "writing to the stream", "-") from error

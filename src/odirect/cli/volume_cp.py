@@ -30,6 +30,7 @@ from odirect.block.buffers import empty
 from odirect.cli import common, places
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import Volumes, temporary_beside
+from odirect.cli.standard import STDIN
 from odirect.cli.trees import (
     SMALL_BYTES,
     Access,
@@ -50,7 +51,6 @@ from odirect.sched.interrupts import Interrupts
 if TYPE_CHECKING:
     from odirect.dio.requests import Request
 
-_STDIN = 0
 # What the edges of holes are rounded to: no file system here has larger blocks.
 _BLOCK_BYTES = 4096
 _PERMISSIONS = 0o777
@@ -101,7 +101,7 @@ def copy_all(
 ) -> None:
     """Copy each source, and `tell` how it went. Raises UsageError, and the first error met."""
     to = places.parse(target)
-    found = [(text, places.parse(text)) for text in sources]
+    found = [(text, places.parse(text, is_there=True)) for text in sources]
     with Volumes(writing=[to] if to is not None else []) as volumes:
         into = _tree(volumes, to)
         goal = os.fsencode(target) if to is None else to.path
@@ -116,14 +116,14 @@ def copy_all(
                 source, path = None, b""
             else:
                 source, path = _tree(volumes, place), os.fsencode(text) if place is None else place.path
-            shown = text if place is None else str(place)
-            with common.progress_bar(common.shown(shown), progress) as told, Interrupts() as interrupts:
+            exact = text if place is None else place.exact
+            with common.progress_bar(common.shown(exact), progress) as told, Interrupts() as interrupts:
                 copier = _Copier(into, options, told, interrupts)
                 if source is None:
                     copied = copier.take_in(goal)
                 else:
                     copied = copier.copy(source, path, goal, is_directory=is_directory)
-            tell(shown, copied)
+            tell(exact, copied)
         # Closing the volume makes it durable; this says so before the command does.
 
 
@@ -156,7 +156,7 @@ class _Copier:
         self._fresh: set[bytes] = set()
         self._clock = MonotonicClock()
         self._began_ns = self._clock.now_ns()
-        self._umask = _umask() if isinstance(into, HostTree) else 0
+        self._umask = _umask()
 
     # The whole.
 
@@ -204,7 +204,7 @@ class _Copier:
             pieces: dict[int, tuple[int, bytes]] | None = {} if self._options.verify else None
             buffer = self._take(1)[0][: self._options.chunk_bytes]
             offset = 0
-            while length := read_full(_STDIN, buffer, self._interrupts):
+            while length := read_full(STDIN, buffer, self._interrupts):
                 if pieces is not None:
                     pieces[offset] = length, _digest(buffer[:length])
                 _write_all(file, buffer[:length], offset, self._into.shown(goal))
@@ -224,7 +224,7 @@ class _Copier:
             self._into.sync(os.path.dirname(goal))
         seconds = (self._clock.now_ns() - self._began_ns) / 1e9
         report = CopyReport(
-            self._into.shown(goal),
+            self._into.exact(goal),
             self._copied,
             self._skipped,
             seconds,

@@ -19,6 +19,7 @@ from odirect.cli import common, explain
 from odirect.cli.explain import Cost, Piece
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import naming, warn_if_mounted
+from odirect.cli.volume_info import family
 from odirect.dio.mapping import SHARED, Extent, ExtentKind
 from odirect.dio.outcome import Kind, Outcome, Promise, Reason
 from odirect.fs.base import FileKind, FileSystem, VolumeFile
@@ -56,16 +57,16 @@ class Explanation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        names = ("read_align", "write_align", "memory_align")
+        figures = ("read_align", "write_align", "memory_align")
         return {
-            "image": common.shown(self.place.image),
-            "path": str(self.place),
+            **common.told_path(self.place.image, "image"),
+            **common.told_path(self.place.exact),
             "filesystem": self.kind,
             "block_bytes": self.block_bytes,
             "size_bytes": self.size,
             "direct": {"reads": not self.why_cached, "writes": not self.why_cached, "why": self.why_cached},
-            "limits": {name: getattr(self.limits, name) for name in names},
-            "sources": {name: self.limits.sources.get(name, "default") for name in names},
+            "limits": {name: getattr(self.limits, name) for name in figures},
+            "sources": {name: self.limits.sources.get(name, "default") for name in figures},
             "extents": [piece._asdict() for piece in self.pieces],
             "bytes_by_kind": explain.bytes_by_kind(self.pieces),
             "request_bytes": self.request_bytes,
@@ -132,7 +133,7 @@ class _Dry:
                 reason = next(iter(self._image.reasons.values()), None)
                 return Explanation(
                     place,
-                    file_system.kind,
+                    family(file_system),
                     file_system.block_bytes,
                     size,
                     file.limits,

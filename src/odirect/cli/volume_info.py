@@ -2,90 +2,209 @@
 
 from __future__ import annotations
 
+import enum
 import os
+import uuid
 from typing import TYPE_CHECKING, Any
 
+from odirect.base.errors import UnsupportedError
+from odirect.base.units import align_up
 from odirect.cli import common, info, names
 from odirect.cli.places import VolumePlace
 from odirect.cli.sessions import Volumes, naming
 
 if TYPE_CHECKING:
+    from odirect.fs.base import FileSystem
+    from odirect.fs.ext2.format import Superblock
     from odirect.volumes import Volume
 
 _ALIGNMENTS = ("read_align", "write_align", "memory_align")
+# Blocks of 64 KiB: no relation of ext2's has larger ones.
+_LARGEST_LOG = 6
+# Features that e2fsprogs calls otherwise than the format does.
+_FEATURE_NAMES = {
+    "extents": "extent",
+    "sixtyfour_bit": "64bit",
+    "recover": "needs_recovery",
+    "gdt_csum": "uninit_bg",
+    "csum_seed": "metadata_csum_seed",
+    "largedir": "large_dir",
+    "readonly": "read-only",
+}
 
 
-def gather(place: VolumePlace) -> dict[str, Any]:
-    """All that is known of the volume, and of what is at `place` if that is not the root, ready for JSON."""
+def gather(place: VolumePlace) -> tuple[dict[str, Any], UnsupportedError | None]:
+    """All that is known of the volume, and of what is at `place` if that is not the root, ready for JSON.
+
+    With it, why the volume cannot be opened, for one that is of our family and cannot.
+    """
     from odirect.block.in_use import claims
     from odirect.block.limits import describe
 
     used = claims(place.image)
     with Volumes() as volumes:
-        volume = volumes.of(place)
-        space = volume.statfs()
-        facts = _ext2_facts(volume)
+        try:
+            volume = volumes.of(place)
+        except UnsupportedError as refusal:
+            known = _known_of_refused(place)
+            if known is None:
+                raise
+            why_unreadable, is_direct, limits = refusal.message, True, describe(place.image).limits
+        else:
+            known, why_unreadable, is_direct, limits = _known(volume), "", volume.is_direct, volume.limits
         # What it is opened for says nothing: this is whether it could be written, and then whether others let us.
-        why_not = str(facts.pop("write_refusal", "")) or next((claim.detail for claim in used), "")
+        why_not = why_unreadable or known.pop("write_refusal", "") or next((claim.detail for claim in used), "")
         support = describe(place.image).support
         found: dict[str, Any] = {
-            "image": common.shown(place.image),
-            "kind": volume.kind,
-            "uuid": volume.uuid,
-            "label": common.shown(volume.label),
-            "size_bytes": space.f_blocks * space.f_frsize,
-            "block_bytes": volume.block_bytes,
-            "blocks": space.f_blocks,
-            "free_blocks": space.f_bfree,
-            "available_blocks": space.f_bavail,
-            "files": space.f_files,
-            "free_files": space.f_ffree,
-            "name_bytes": space.f_namemax,
-            "features": list(volume.features),
-            **facts,
+            **common.told_path(place.image, "image"),
+            **known,
+            "readable": not why_unreadable,
+            "why_not_readable": why_unreadable,
             "writable": not why_not,
             "why_not_writable": why_not,
             "direct": {
-                "reads": support.reads and volume.is_direct,
-                "writes": support.writes and volume.is_direct,
-                "why": support.why or ("" if volume.is_direct else "its blocks are smaller than what the device takes"),
+                "reads": support.reads and is_direct,
+                "writes": support.writes and is_direct,
+                "why": support.why or ("" if is_direct else "its blocks are smaller than what the device takes"),
             },
-            "limits": {name: getattr(volume.limits, name) for name in _ALIGNMENTS},
-            "sources": {name: volume.limits.sources.get(name, "default") for name in _ALIGNMENTS},
+            "limits": {name: getattr(limits, name) for name in _ALIGNMENTS},
+            "sources": {name: limits.sources.get(name, "default") for name in _ALIGNMENTS},
             "in_use": [
                 {"device": claim.device, "use": claim.use.value, "by": claim.by, "detail": claim.detail}
                 for claim in used
             ],
         }
+        if why_unreadable:
+            return found, UnsupportedError(why_unreadable, path=place.image)
         if place.path.strip(b"/"):
             with naming(place):
                 attributes = volume.attributes(place.path)
-            found["file"] = {**names.told(place.path, "path"), **names.attributes_as_json(attributes)}
+            found["file"] = {**common.told(place.path, "path"), **names.attributes_as_json(attributes)}
+    return found, None
+
+
+def family(file_system: FileSystem) -> str:
+    """What a file system is called: one of ext2's family by its features, as `blkid` does, any other by its kind."""
+    from odirect.fs.ext2.volume import Ext2
+
+    return _family(file_system.geometry.superblock) if isinstance(file_system, Ext2) else file_system.kind
+
+
+def _family(superblock: Superblock) -> str:
+    from odirect.fs.ext2.format import Compat, Incompat, ReadOnlyCompat
+
+    ours = Incompat.FILETYPE | Incompat.RECOVER | Incompat.META_BG
+    plain = ReadOnlyCompat.SPARSE_SUPER | ReadOnlyCompat.LARGE_FILE | ReadOnlyCompat.BTREE_DIR
+    if superblock.feature_incompat & ~int(ours) or superblock.feature_ro_compat & ~int(plain):
+        return "ext4"
+    return "ext3" if superblock.feature_compat & Compat.HAS_JOURNAL else "ext2"
+
+
+def _known(volume: Volume) -> dict[str, Any]:
+    """What an open volume knows of itself."""
+    from odirect.fs.ext2.volume import Ext2
+
+    space = volume.statfs()
+    found: dict[str, Any] = {
+        "kind": family(volume.file_system),
+        "uuid": volume.uuid,
+        **common.told_path(volume.label, "label"),
+        "size_bytes": space.f_blocks * space.f_frsize,
+        "block_bytes": volume.block_bytes,
+        "blocks": space.f_blocks,
+        "free_blocks": space.f_bfree,
+        "available_blocks": space.f_bavail,
+        "files": space.f_files,
+        "free_files": space.f_ffree,
+        "name_bytes": space.f_namemax,
+        "features": list(volume.features),
+    }
+    file_system = volume.file_system
+    if isinstance(file_system, Ext2):
+        geometry = file_system.geometry
+        found |= {
+            # Not statfs's, which leaves out what the file system itself takes.
+            "size_bytes": geometry.blocks_count * geometry.block_bytes,
+            "blocks": geometry.blocks_count,
+            **_history(geometry.superblock),
+            "groups": geometry.groups,
+            "inode_bytes": geometry.inode_bytes,
+            "write_refusal": geometry.write_refusal() or "",
+        }
     return found
 
 
-def _ext2_facts(volume: Volume) -> dict[str, Any]:
-    """What an ext2 volume knows of itself beyond what all have."""
-    from odirect.fs.ext2.format import State
-    from odirect.fs.ext2.volume import Ext2
+def _known_of_refused(place: VolumePlace) -> dict[str, Any] | None:
+    """What the superblock says of a volume of ext2's family that cannot be opened; None for what has none."""
+    from odirect.base.layout import Place
+    from odirect.block.bio import READ
+    from odirect.block.buffers import empty
+    from odirect.dio.blockdev import transfer
+    from odirect.fs.ext2 import format
+    from odirect.sched.drive_sync import SyncDriver
+    from odirect.volume_opening import open_image
 
-    file_system = volume.file_system
-    if not isinstance(file_system, Ext2):
-        return {}
-    geometry = file_system.geometry
-    superblock = geometry.superblock
+    image = open_image(place.image, writable=False)
+    try:
+        memory = empty(align_up(format.SUPERBLOCK_ADDR + format.SUPERBLOCK_BYTES, image.align_bytes))
+        count = SyncDriver(image.scheduler).run(transfer(image.device, READ, 0, [memory], len(memory)))
+    finally:
+        image.close()
+    if count < format.SUPERBLOCK_ADDR + format.SUPERBLOCK_BYTES:
+        return None
+    where = Place(place.image, "superblock", format.SUPERBLOCK_ADDR)
+    found = format.SUPERBLOCK.read(memory, format.SUPERBLOCK_ADDR, where)
+    if found.magic != format.MAGIC or found.log_block_size > _LARGEST_LOG:
+        return None
+    block_bytes = 1024 << found.log_block_size
+    wide = bool(found.feature_incompat & format.Incompat.SIXTYFOUR_BIT)
+    blocks, free, reserved = (
+        low + (high << 32 if wide else 0)
+        for low, high in (
+            (found.blocks_count, found.blocks_count_hi),
+            (found.free_blocks_count, found.free_blocks_hi),
+            (found.r_blocks_count, found.r_blocks_count_hi),
+        )
+    )
+    kinds: tuple[tuple[int, type[enum.IntFlag]], ...] = (
+        (found.feature_compat, format.Compat),
+        (found.feature_incompat, format.Incompat),
+        (found.feature_ro_compat, format.ReadOnlyCompat),
+    )
+    features = [flag.name.lower() for bits, kind in kinds for flag in kind if bits & flag and flag.name]
+    return {
+        "kind": _family(found),
+        "uuid": str(uuid.UUID(bytes=found.uuid)),
+        **common.told(found.volume_name.partition(b"\0")[0], "label"),
+        "size_bytes": blocks * block_bytes,
+        "block_bytes": block_bytes,
+        "blocks": blocks,
+        "free_blocks": free,
+        "available_blocks": max(0, free - reserved),
+        "files": found.inodes_count,
+        "free_files": found.free_inodes_count,
+        "name_bytes": format.NAME_BYTES,
+        "features": [_FEATURE_NAMES.get(name, name) for name in features],
+        **_history(found),
+        "reserved_blocks": reserved,
+        "groups": -(-(blocks - found.first_data_block) // max(1, found.blocks_per_group)),
+        "inode_bytes": found.inode_size if found.rev_level >= format.REV_DYNAMIC else format.GOOD_OLD_INODE_BYTES,
+    }
+
+
+def _history(superblock: Superblock) -> dict[str, Any]:
+    """What a superblock says beyond what all volumes have."""
+    from odirect.fs.ext2.format import State
+
     return {
         "clean": bool(superblock.state & State.CLEAN) and not superblock.state & State.ERRORS,
         "revision": superblock.rev_level,
-        "groups": geometry.groups,
-        "blocks_per_group": geometry.blocks_per_group,
-        "inodes_per_group": geometry.inodes_per_group,
-        "inode_bytes": geometry.inode_bytes,
+        "blocks_per_group": superblock.blocks_per_group,
+        "inodes_per_group": superblock.inodes_per_group,
         "reserved_blocks": superblock.r_blocks_count,
         "mounts": superblock.mnt_count,
         "last_written_s": superblock.wtime,
         "last_checked_s": superblock.lastcheck,
-        "write_refusal": geometry.write_refusal() or "",
     }
 
 
@@ -115,6 +234,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         ]
     rows += [
         ["features", ", ".join(found["features"]) or "none"],
+        ["readable", "yes" if found["readable"] else f"no: {found['why_not_readable']}"],
         ["writable", "yes" if found["writable"] else f"no: {found['why_not_writable']}"],
         *info.support_lines(found["direct"]),
     ]

@@ -180,7 +180,11 @@ class Making(ABC):
 
 
 class SpaceUse(NamedTuple):
-    """How full a volume is. available leaves out what is kept for root."""
+    """How full a volume is.
+
+    blocks: all that it has; overhead: how many of them are the file system's own from the start, and never free.
+    available leaves out what is kept for root.
+    """
 
     block_bytes: int
     blocks: int
@@ -189,6 +193,7 @@ class SpaceUse(NamedTuple):
     files: int
     free_files: int
     name_bytes: int
+    overhead: int = 0
 
 
 class Finding(NamedTuple):

@@ -52,7 +52,7 @@ def open_ring(depth: int = 128, *, shared: bool = False, iopoll: bool = False, w
     Raises ValueError for an `ODIRECT_RING` that is not auto, io_uring or threads, and the kernel's
     error if io_uring is demanded and cannot be had.
     """
-    wanted = _wanted()
+    wanted = asked_for()
     if wanted != "threads":
         error = _probe()[1]
         if error is None:
@@ -85,7 +85,7 @@ def thread_ring() -> Ring:
 
     A forked child gets a new one. It is for calls that leave nothing in flight on it; nobody closes it.
     """
-    wanted = _wanted()
+    wanted = asked_for()
     generation = _calls.fork_generation()
     ring = _local.ring
     if ring is None or _local.generation != generation or _local.wanted != wanted:
@@ -110,7 +110,7 @@ def _probe() -> tuple[Available, ODirectError | None]:
     return _probed[1], _probed[2]
 
 
-def _wanted() -> str:
+def asked_for() -> str:
     """What `ODIRECT_RING` says. The one place of this room that reads the environment."""
     value = os.environ.get(_VARIABLE) or "auto"
     if value not in _VALUES:

@@ -200,7 +200,7 @@ static inline int od_status_of(int directory, const char *name, struct od_status
 }
 
 /* What od_read_small answers besides 0 and a negative errno. */
-#define OD_NOT_SMALL 1 /* larger than the room, with holes, with extended attributes, or no regular file any more */
+#define OD_NOT_SMALL 1 /* larger than the room, with holes, attributes or content without a size, or no regular file any more */
 #define OD_ANOTHER 2   /* another file has taken the name */
 #define OD_SHORTER 3   /* it ended before its size */
 
@@ -215,6 +215,7 @@ static inline int od_read_small(int directory, const char *name, struct od_statu
     ssize_t got;
     size_t done = 0;
     int fd, result;
+    char first;
 
     do
         fd = openat(directory, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
@@ -237,6 +238,9 @@ static inline int od_read_small(int directory, const char *name, struct od_statu
     if (now.st_size > now.st_blocks * 512 && lseek64(fd, 0, SEEK_HOLE) != now.st_size)
         goto out;
     if (plain && (got = flistxattr(fd, NULL, 0)) && (got > 0 || (errno != EOPNOTSUPP && errno != ENOSYS)))
+        goto out;
+    /* Without a size, and yet with bytes: its content is made while it is read. */
+    if (now.st_size == 0 && now.st_blocks == 0 && pread64(fd, &first, 1, 0) > 0)
         goto out;
     result = 0;
     while (done < (size_t)now.st_size) {

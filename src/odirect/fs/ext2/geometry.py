@@ -165,6 +165,12 @@ class Geometry:
         """How many blocks at the start of `group` the copies take, with what is kept for more descriptors."""
         return 1 + len(self.descriptor_blocks) + self._reserved_gdt if self.has_super(group) else 0
 
+    @property
+    def all_super_blocks(self) -> int:
+        """`super_blocks` of all groups together. RuntimeError before `load_fixed`."""
+        self._need_fixed()
+        return int(self._arrays[3].sum())
+
     def descriptor_place(self, group: int) -> tuple[int, int]:
         """(block, byte in it) of the descriptor of `group`."""
         block, index = divmod(group, self.descriptors_per_block)
