@@ -28,6 +28,8 @@ from odirect.sched.scheduler import Scheduler
 # Requests that are handed over together, where each need not wait for all that are started in a burst: making one
 # takes so long that the device would wait for the next.
 _HAND_OVER = 2
+# One of so many bytes keeps the device busy longer than it takes to hand it over.
+_AT_ONCE_BYTES = 64 << 10
 # `DirectHandle.fits` asks for a descriptor that could be used; nothing is transferred by it here.
 _ANY_DESCRIPTOR = 0
 
@@ -153,7 +155,7 @@ class NodeRequests(Started):
             self.pending -= 1
             raise
         self._unsent += 1
-        if self._unsent == _HAND_OVER:
+        if self._unsent >= _HAND_OVER or length >= _AT_ONCE_BYTES:
             self._unsent = 0
             self._commit()
         return request

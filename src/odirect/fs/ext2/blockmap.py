@@ -100,18 +100,28 @@ class BlockMap:
 
     def place(self, offset: int, length: int) -> int:
         """The byte of the device that byte `offset` (0 or more) is at, if the range follows there in one leaf that is
-        known; -1 if `lookup` must be asked."""
+        known, or in two; -1 if `lookup` must be asked."""
         block_bytes = self._block_bytes
         file_block = offset // block_bytes
-        leaf = self._leaves.get((file_block - DIRECT_BLOCKS) // self._pointers)
+        key = (file_block - DIRECT_BLOCKS) // self._pointers
+        leaf = self._leaves.get(key)
         if leaf is None:
             return -1
         starts, blocks, _ = leaf
         index = bisect_right(starts, file_block)
         block = blocks[index - 1]
-        if not block or starts[index] * block_bytes < offset + length:
+        if not block:
             return -1
-        return (block - starts[index - 1]) * block_bytes + offset
+        ahead = block - starts[index - 1]
+        end = offset + length
+        if starts[index] * block_bytes < end:
+            # Where the leaf ends the next one may go on.
+            following = self._leaves.get(key + 1)
+            if index < len(blocks) or following is None:
+                return -1
+            if following[1][0] != ahead + starts[index] or following[0][1] * block_bytes < end:
+                return -1
+        return ahead * block_bytes + offset
 
     def runs(self, first: int, last: int) -> Iterator[Run]:
         """All runs from block `first` to block `last`, holes too, in order; none has a boundary.
