@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import io
 import operator
@@ -467,16 +466,16 @@ class _Submission:
         self._requests: NodeRequests | None = None
         handle = file._handle
         if isinstance(handle, NodeFile):
-            # Threads share the volume's scheduler: what is begun is begun inside, and told where bios are.
-            inside = contextlib.nullcontext()
             flags = file._flags[WRITE]
-            self._requests = NodeRequests(handle, file._runner.scheduler, file.access, flags, self._ended, guard=inside)
+            self._requests = NodeRequests(handle, file._runner.scheduler, file.access, flags, self._ended, shared=True)
 
     def submit(self, op: int, offset: int, buffer: object, view: memoryview, tag: object) -> Request:
         """See `FileInVolume.submit`."""
         simple = self._requests
         if simple is not None and simple.may_begin(op):
-            begun = self._file._runner.call(lambda: self._begin(simple, op, offset, buffer, tag))
+            runner = self._file._runner
+            call = runner.call_quickly if simple.may_be_left else runner.call
+            begun = call(lambda: simple.begin(op, offset, buffer, tag))
             if begun is not None:
                 return begun
         # What a ring would tell it, its task does.
@@ -489,22 +488,19 @@ class _Submission:
             raise
         return request
 
-    def _begin(self, simple: NodeRequests, op: int, offset: int, buffer: object, tag: object) -> Request | None:
-        """A request that is one bio, if this is one."""
-        request = simple.begin(op, offset, buffer, tag)
-        if request is not None:
-            self._pending += 1
-        return request
+    @property
+    def _outstanding(self) -> int:
+        """Requests that are not done: tasks of ours, and what was begun without one."""
+        return self._pending + (self._requests.pending if self._requests is not None else 0)
 
     def _ended(self, request: Request) -> None:
-        """A request that `_begin` began is done. Runs in the dispatch, or in a task."""
+        """A request that was begun without a task is done. Runs in the dispatch, or in a task."""
         file = self._file
         if request.outcome is not None:
             request.outcome = file._seen(request.op, request.outcome)
             file._tallies.add(request.outcome, request.transferred)
         elif isinstance(request.exception, ODirectError):
             named(request.exception, file.name)
-        self._pending -= 1
         self._finished.append(request)
 
     def completions(self) -> Iterator[Request]:
@@ -512,14 +508,16 @@ class _Submission:
         while True:
             while self._finished:
                 yield self._finished.popleft()
-            if not self._pending:
+            if not self._outstanding:
+                if self._finished:
+                    continue  # A handler that used the file itself has waited for them.
                 return
-            self._file._runner.wait_until(lambda: self._finished or not self._pending)
+            self._file._runner.wait_until(lambda: self._finished or not self._outstanding)
 
     def drain(self) -> None:
         """Wait for everything in flight; requests that nobody asked for are dropped."""
-        if self._pending:
-            self._file._runner.wait_until(lambda: not self._pending)
+        if self._outstanding:
+            self._file._runner.wait_until(lambda: not self._outstanding)
 
     async def _work(self, request: Request, view: memoryview) -> None:
         failed: BaseException | None = None

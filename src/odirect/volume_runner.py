@@ -91,11 +91,18 @@ class Runner:
 
     def call(self, function: Callable[[], T]) -> T:
         """What the plain `function` returns, called where tasks run; what it queued is handed over."""
+        return self._call(function, self._driver.call)
+
+    def call_quickly(self, function: Callable[[], T]) -> T:
+        """`call` of what makes no task ready, and may be left anywhere by what a signal's handler raises."""
+        return self._call(function, self._driver.call_quickly)
+
+    def _call(self, function: Callable[[], T], call: Callable[[Callable[[], T]], T]) -> T:
         self.check_outside()
 
         def unless_closed() -> T:
             self.check()
-            return self._driver.call(function)
+            return call(function)
 
         return self._inside.run(unless_closed)
 

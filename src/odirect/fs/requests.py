@@ -6,7 +6,6 @@ one bio. Any other, and one that did not go through whole, becomes a task that g
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import cast
 
@@ -71,8 +70,8 @@ class VolumeRequest(Request):
 class NodeRequests(Started):
     """Starts requests on one handle. A `dio.submission.Starter`.
 
-    notify: called once with every request that is done, where completions are dispatched. guard: held while
-    something is started, where several threads use the volume.
+    notify: called once with every request that is done, where completions are dispatched. shared: several threads
+    use the volume; who starts something has its lock then.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class NodeRequests(Started):
         flags: int,
         notify: Callable[[Request], None],
         *,
-        guard: contextlib.AbstractContextManager[object] | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__(notify)
         self._file = file
@@ -93,17 +92,21 @@ class NodeRequests(Started):
         self._scheduler = scheduler
         self._access = access
         self._flags = (flags & ~FUA, flags)
-        self._guard = guard if guard is not None else contextlib.nullcontext()
+        self._shared = shared
         self._unsent = 0
         limits = file.limits
         self._simple = DirectHandle(_ANY_DESCRIPTOR, limits.read_align, limits.write_align, limits.memory_align)
         # A driver that several threads share polls without its lock; else the request itself can be on the ring, and
         # is told its answer there, which spares it a bio.
         self._queue: Callable[..., None] | None = None
+        self._holds: Callable[[object], bool] = lambda tag: False
         self._commit = self._device.commit
-        if guard is None and isinstance(self._device, FileDevice) and not flags & HIPRI:
-            self._queue = self._device.queue.ring.queue
-            self._commit = self._device.queue.ring.commit
+        #: Whether a signal's handler may raise anywhere in `begin`. A ring on threads has locks written in Python.
+        self.may_be_left = False
+        if isinstance(self._device, FileDevice) and not flags & HIPRI:
+            ring = self._device.queue.ring
+            self._queue, self._holds, self._commit = ring.queue, ring.holds, ring.commit
+            self.may_be_left = ring.kind == "io_uring"
             self._handle = self._device.handle
             self._rwf = (transfer_flags(self._flags[READ]), transfer_flags(self._flags[WRITE]))
         # What is cached, or durable when it is done, takes more than one bio.
@@ -116,15 +119,17 @@ class NodeRequests(Started):
 
     def start_now(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
         """See `Starter`."""
-        with self._guard:
-            return self.begin(op, offset, buffer, tag) if self._file.may(op) else None
+        return self.begin(op, offset, buffer, tag) if self._file.may(op) else None
 
     def may_begin(self, op: int) -> bool:
         """Whether any request of this operation can be one bio."""
         return self._may[op]
 
     def begin(self, op: int, offset: int, buffer: object, tag: object) -> Request | None:
-        """`start_now` for a caller who has the guard, or needs none, and knows that the handle is open."""
+        """`start_now` for a caller who knows that the handle is open.
+
+        When a signal's handler raises in here, the transfer is counted if it was begun, and not otherwise.
+        """
         if not self._may[op] or trace.active is not None:
             return None  # What is traced goes the general way, which tells what it does.
         node = self._node
@@ -137,22 +142,29 @@ class NodeRequests(Started):
         if addr < 0:
             return None
         request = VolumeRequest(self, op, offset, length, buffer, tag)
+        queue = self._queue
+        sent: object = request
+        if queue is None or self._shared:
+            view = as_bytes_view(buffer, writable=op == READ)
+            sent = Bio(op, addr, (view,), length, self._flags[op], self._ended, request)
         if op == WRITE:
             node.touch()
-            node.overwriting.up()
+        # No call from here until the ring has it: no handler can come in between.
+        if op == WRITE:
+            node.overwriting.value += 1
         self.in_flight.value += 1
         self.pending += 1
         try:
-            if self._queue is not None:
-                self._queue(op, self._handle, (buffer,), addr, length, self._rwf[op], request)
+            if queue is not None:
+                queue(op, self._handle, (buffer,), addr, length, self._rwf[op], sent)
             else:
-                view = as_bytes_view(buffer, writable=op == READ)
-                self._device.submit(Bio(op, addr, (view,), length, self._flags[op], self._ended, request))
+                self._device.submit(cast(Bio, sent))
         except BaseException:
-            if op == WRITE:
-                node.overwriting.down()
-            self.in_flight.down()
-            self.pending -= 1
+            if not self._holds(sent):
+                if op == WRITE:
+                    node.overwriting.down()
+                self.in_flight.down()
+                self.pending -= 1
             raise
         self._unsent += 1
         if self._unsent >= _HAND_OVER or length >= _AT_ONCE_BYTES:
