@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -131,6 +132,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
+    # NumPy's linear algebra, of which nothing is used, would keep a processor busy with starting threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         standard.settle()
     except ODirectError as error:

@@ -149,10 +149,12 @@ cdef enum:
     BATCH_LOOK = 1
     # How long the native loop may run without looking for signals.
     LOOK_NS = 100000000
-    # The native loop hands over so many operations at once, and waits for at most so many answers: a device that
-    # gets a whole burst has nothing to do while the next is made ready.
+    # The native loop hands over so many operations at once: a device that gets a whole burst has nothing to do
+    # while the next is made ready. It waits for a part of what is in flight, a larger one where that is much, and
+    # at most for so many answers.
     HAND_OVER = 2
-    MOST_WANTED = 8
+    MUCH_IN_FLIGHT = 64
+    MOST_WANTED = 32
 
 
 cdef struct Slot:
@@ -1015,7 +1017,8 @@ cdef class UringRing:
             ring.tail = tail
             od_store(ring.sq_tail, tail)
             to_submit = tail - od_load(ring.sq_head)
-            want = min(max(batch.in_flight // 8, 1), MOST_WANTED)
+            want = batch.in_flight // (4 if batch.in_flight > MUCH_IN_FLIGHT else 8)
+            want = min(max(want, 1), MOST_WANTED)
             result = od_enter(ring, to_submit, want, OD_ENTER_GETEVENTS)
             if result < 0 and result != -EINTR:
                 if result != -EAGAIN and result != -EBUSY:
