@@ -64,6 +64,9 @@ from odirect.volume_runner import named
 # Some files of /proc refuse to be read in larger pieces.
 _STREAM_BYTES = 1 << 20
 
+# Directories are finished so many at a time; between them signals are looked for.
+_DIRECTORIES = 64
+
 T = TypeVar("T")
 HostPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -189,10 +192,7 @@ class _CopyIn:
                     self._give_up_small()
                     raise
             self._fill_up_to(len(self._listings))
-        # Times of directories, when nothing is added to them any more.
-        for item, inode in reversed(self._made.values()):
-            self._finish(item, inode)
-            self.counts.add()
+        self._finish_directories()
         return final
 
     def _fill_up_to(self, end: int) -> None:
@@ -208,6 +208,22 @@ class _CopyIn:
                     self._made[listing.below[row]] = item, inode
                 self.counts.add()
         self._filled = max(self._filled, end)
+
+    def _finish_directories(self) -> None:
+        """Give directories what their originals have, their times too: nothing is added to them any more."""
+
+        async def finish(some: list[tuple[_Item, int]]) -> None:
+            for item, inode in some:
+                try:
+                    await self._give_attributes(item, inode, self._attributes_of(item))
+                except ODirectError as error:
+                    named(error, self._path_of(item))
+                    raise
+
+        made = list(reversed(self._made.values()))
+        for start in range(0, len(made), _DIRECTORIES):
+            self._runner.run(finish(made[start : start + _DIRECTORIES]))
+            self.counts.add()
 
     def _run(self, item: _Item, coroutine: Coroutine[Any, Any, T]) -> T:
         """What `coroutine` returns; its errors name the path that `item` gets in the volume."""

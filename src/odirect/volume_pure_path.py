@@ -5,10 +5,12 @@ from __future__ import annotations
 import fnmatch
 import os
 from itertools import takewhile
-from pathlib import PurePosixPath
-from typing import Self, TypeAlias
+from typing import TYPE_CHECKING, Self, TypeAlias
 
 from odirect.volume_names import InVolume
+
+if TYPE_CHECKING:
+    from pathlib import PurePosixPath
 
 Segment: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes] | InVolume
 
@@ -149,6 +151,8 @@ class PureVolumePath(InVolume):
             raise ValueError(f"{self.path} is not below {_text_of(other, more)}")
         if ".." in above[shared:]:
             raise ValueError(f"what is above '..' in {_text_of(other, more)} is not known")
+        from pathlib import PurePosixPath
+
         return PurePosixPath(*[".."] * (len(above) - shared), *self._parts[shared:])
 
     def is_relative_to(self, other: Segment, *more: Segment) -> bool:

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from odirect.base.units import align_down, align_up
 from odirect.block.bio import ATOMIC, DISCARD, FLUSH, FUA, META, NOWAIT, PREFLUSH, READ, WRITE, Bio
@@ -22,6 +22,9 @@ from odirect.block.device import Limits
 from odirect.block.file_device import file_bytes
 from odirect.ring._calls import fallocate, sync_file_range
 from odirect.ring.contract import RWF_DONTCACHE, RWF_DSYNC, RWF_NOWAIT
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 _WAIT_AND_WRITE = 1 | 2 | 4  # SYNC_FILE_RANGE_WAIT_BEFORE, _WRITE, _WAIT_AFTER
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16
@@ -92,6 +95,8 @@ class CachedFileDevice:
         if not self._workers or not self._queued:
             return
         if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
             self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="odirect-cached")
         while self._queued:
             with self._condition:

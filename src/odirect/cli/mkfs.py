@@ -267,7 +267,7 @@ def _make(
                         inode_bytes=wanted.inode_bytes,
                         bytes_per_inode=None if needs is None else needs.inode_ratio(size, wanted),
                         # The same for the same identity, so that an image can be made again.
-                        hash_seed=uuid.uuid5(wanted.identity, "hash seed").bytes,
+                        hash_seed=bytes(byte ^ 0xFF for byte in wanted.identity.bytes),
                         blank=blank,
                     )
                 )
@@ -335,7 +335,8 @@ class _Needs(NamedTuple):
         inodes = extra = 0
         for listing in listings:
             statuses = listing.statuses
-            entries.append(sum(8 + align_up(len(name), 4) for name in listing.names))
+            lengths = numpy.fromiter(map(len, listing.names), numpy.int64, len(listing.names))
+            entries.append(int((-(-lengths // 4) * 4 + 8).sum()))
             new = ~listing.are(stat.S_IFDIR) & (statuses[:, NLINK] > 1)
             for row in new.nonzero()[0].tolist():
                 identity = int(statuses[row, DEV]), int(statuses[row, INO])
