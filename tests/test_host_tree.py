@@ -333,3 +333,32 @@ def test_some_files_of_a_batch_go_their_own_way(kind: str, tmp_path: Path) -> No
         for path in tree.rglob("*"):
             expected = {os.fsencode(name): os.getxattr(path, name) for name in os.listxattr(path)}
             assert volume.xattrs(f"/{os.path.relpath(path, tree)}") == expected
+
+
+@pytest.mark.parametrize("kind", ["memory", "ext2"])
+@pytest.mark.parametrize("after", [0.0, 0.2, 0.5, 0.8, 0.9])
+def test_a_copy_of_many_batches_that_is_stopped_leaves_nothing_behind(
+    kind: str, after: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are on their way when it stops: no block of them is lost, and files are whole or not there."""
+    monkeypatch.setattr(host_tree, "BATCH_FILES", 8)
+    tree = tmp_path / "tree"
+    for directory in range(4):
+        (tree / f"{directory}").mkdir(parents=True)
+        for number in range(25):
+            (tree / f"{directory}" / f"{number:02}").write_bytes(os.urandom(100 + number * 700))
+
+    def stop(done: int, whole: int) -> None:
+        if done > after * whole:
+            raise KeyboardInterrupt
+
+    with volume_of(kind, tmp_path, ("-b", "1024")) as volume:
+        with pytest.raises(KeyboardInterrupt):
+            volume.copy_in(f"{tree}/", "/", progress=stop)
+        found = dict(volume.read_files())
+        assert len(found) <= 100
+        for path, content in found.items():
+            assert content == (tree / path[1:]).read_bytes()
+        assert volume.check() == []
+        volume.copy_in(f"{tree}/", "/")
+        assert len(dict(volume.read_files())) == 100

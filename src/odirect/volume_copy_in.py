@@ -305,7 +305,7 @@ class _CopyIn:
 
         with self._new_name(item, parent, name) as temporary:
             inode = self._run(item, make(temporary))
-            self._finish(item, inode)
+            self._make_like(item, inode)
         return inode
 
     async def _create(
@@ -369,7 +369,7 @@ class _CopyIn:
                     self._fill(item, fd, handle, status.st_size)
                 finally:
                     self._run(item, handle.close())
-                self._finish(item, inode)
+                self._make_like(item, inode)
         finally:
             os.close(fd)
         return inode
@@ -435,6 +435,7 @@ class _CopyIn:
             for name in batch.names[row : row + len(listed)]:
                 result = batch.results[row]
                 if result not in (0, NOT_SMALL):
+                    self._finish_small(files)
                     raise _not_read(self._item_of(batch, row), result)
                 small = result == 0 and name not in directory.names and not directory.inherits
                 (rows if small else alone).append(row)
@@ -446,11 +447,12 @@ class _CopyIn:
             except NoSpaceError:
                 # One by one, so that all are there that there is room for, and the error names the first that is not.
                 alone = sorted(alone + rows)
-        self._finish_small(files)
+        # What was begun is given up if something fails from here on.
+        before, self._making = self._making, None if making is None else _Making(batch, rows, making)
+        if before is not None:
+            self._finish(files, before)
         if making is None:
             files.release(batch)
-        else:
-            self._making = _Making(batch, rows, making)
         for row in alone:
             self._copy_alone(batch, row)
 
@@ -517,10 +519,14 @@ class _CopyIn:
         self.counts.add()
 
     def _finish_small(self, files: SmallFiles) -> None:
-        """Wait for the batch that is being made, and let it have its names."""
-        if self._making is None:
-            return
-        (batch, rows, making), self._making = self._making, None
+        """Finish the batch that is being made, if there is one."""
+        if self._making is not None:
+            begun, self._making = self._making, None
+            self._finish(files, begun)
+
+    def _finish(self, files: SmallFiles, begun: _Making) -> None:
+        """Wait for a batch, and let it have its names."""
+        batch, rows, making = begun
         try:
             self._run(self._item_of(batch, rows[0]), making.finish())
         except NoSpaceError:
@@ -540,7 +546,7 @@ class _CopyIn:
 
     # Attributes.
 
-    def _finish(self, item: _Item, inode: int) -> None:
+    def _make_like(self, item: _Item, inode: int) -> None:
         """Give an inode what its original has."""
         self._run(item, self._give_attributes(item, inode, self._attributes_of(item)))
 
