@@ -13,6 +13,7 @@ No mount, no root, no kernel module: the file system runs here, over the image o
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401
 import contextlib
 import os
 import sys
@@ -275,7 +276,8 @@ def _close_before_workers() -> None:
         _close_all()
 
 
-# What `concurrent.futures` ends its own workers by; it has no public name.
+# What `concurrent.futures` ends its own workers by; it has no public name. Who registers last is called first: that
+# module is imported above, so that it has registered already.
 getattr(threading, "_register_atexit", atexit.register)(_close_before_workers)
 
 
